@@ -1,0 +1,12 @@
+"""Make the top-level folder kernels/ importable as ``nf4.kernels``.
+
+The folder has no ``__init__.py``: a package of that name on ``sys.path`` would be taken for Hugging
+Face's ``kernels`` and break ``import transformers``. An installed nf4 has the folder beside this
+file; a checkout has it one level up. Importing this module imports no kernel and no Triton.
+"""
+
+from pathlib import Path
+
+_here = Path(__file__).resolve().parent
+_installed = _here / "kernels"
+__path__ = [str(_installed if _installed.is_dir() else _here.parent / "kernels")]
