@@ -1,0 +1,30 @@
+"""4-bit NormalFloat (QLoRA) for PyTorch.
+
+Quantize tensors, layers and models to NF4, multiply by them, train adapters on them, and measure
+what four bits cost. Importing this package needs neither a GPU nor Triton.
+"""
+
+from nf4.checkpoint import load_adapter, save_adapter
+from nf4.convert import add_lora, merge, quantize_model
+from nf4.error import model_error, quantization_error
+from nf4.functional import dequantize, linear, lora_linear, quantize
+from nf4.linear import LinearNF4, QLoRALinear
+from nf4.tensor import NF4Tensor
+
+__version__ = "0.1.0"
+__all__ = [
+    "LinearNF4",
+    "NF4Tensor",
+    "QLoRALinear",
+    "add_lora",
+    "dequantize",
+    "linear",
+    "load_adapter",
+    "lora_linear",
+    "merge",
+    "model_error",
+    "quantization_error",
+    "quantize",
+    "quantize_model",
+    "save_adapter",
+]

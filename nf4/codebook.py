@@ -1,0 +1,98 @@
+"""The NF4 levels, their thresholds, and the 256-entry map of double-quantized scales.
+
+Every constant of the format lives here and nowhere else. The 16 levels are those of QLoRA
+(https://arxiv.org/abs/2305.14314, section 3); `derive_nf4_levels` computes them from the normal
+distribution. The scale map is the signed dynamic data type of Dettmers et al. 2022
+(https://arxiv.org/abs/2110.02861, section 2.1).
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+ZERO_CODE = 7
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+ABSMAX_BLOCK_SIZE = 256
+ABSMAX_ZERO_CODE = 127
+# A block of fp32 subnormals quantizes as zero: the reciprocal of its absmax may overflow.
+SMALLEST_ABSMAX = 2.0**-126
+
+
+def derive_nf4_levels() -> Tensor:
+    """Derive the 16 levels from quantiles of the normal distribution, with scipy.
+
+    Returns:
+        float32 ``[16]``, ascending; equal to `NF4_LEVELS` bit for bit.
+    """
+    from scipy.stats import norm
+
+    # The probabilities are rounded to fp32 before the quantile, as when the levels were published.
+    offset = 0.9677083
+    positive = norm.ppf(torch.linspace(offset, 0.5, 9)[:-1].double().numpy())
+    negative = -norm.ppf(torch.linspace(offset, 0.5, 8)[:-1].double().numpy())
+    quantiles = sorted([*positive.tolist(), 0.0, *negative.tolist()])
+    levels = torch.tensor(quantiles, dtype=torch.float32)
+    return levels / levels.max()
+
+
+@lru_cache
+def nf4_levels(device: torch.device) -> Tensor:
+    """Return the levels as float32 ``[16]`` on a device."""
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+
+
+@lru_cache
+def nf4_thresholds() -> tuple[float, ...]:
+    """Return the 15 fp32 midpoints of neighbouring levels; a value above the i-th has code > i."""
+    levels = nf4_levels(torch.device("cpu"))
+    return tuple(((levels[1:] + levels[:-1]) / 2).tolist())
+
+
+@lru_cache
+def nf4_byte_levels(device: torch.device) -> Tensor:
+    """Return both levels of every byte, the high nibble first, as float32 ``[256, 2]``."""
+    byte = torch.arange(256, device=device)
+    return nf4_levels(device)[torch.stack([byte >> 4, byte & 15], dim=1)]
+
+
+@lru_cache
+def absmax_map(device: torch.device) -> Tensor:
+    """Return the map from 8-bit scale codes to [-1, 1] as float32 ``[256]``, ascending."""
+    values = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
+        values += [middles, -middles]
+    return torch.cat(values).sort().values.to(device)
+
+
+@lru_cache
+def absmax_thresholds(device: torch.device) -> Tensor:
+    """Return float32 ``[255]``: x is nearer to entry i + 1 of `absmax_map` than to i iff x > t[i].
+
+    The midpoints are exact in float64; rounded down to float32 they order every float32 x the same.
+    """
+    levels = absmax_map(torch.device("cpu")).double()
+    middles = (levels[1:] + levels[:-1]) / 2
+    rounded = middles.float()
+    down = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+    return torch.where(rounded.double() > middles, down, rounded).to(device)

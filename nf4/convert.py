@@ -1,0 +1,227 @@
+"""Convert whole models: quantize the linears, add adapters, merge them back."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from nf4.functional import check_block_size, check_weight
+from nf4.linear import LinearNF4, QLoRALinear, check_lora_options, dense_weight, is_conv1d
+
+Model = TypeVar("Model", bound=nn.Module)
+Layer = TypeVar("Layer", bound=nn.Module)
+# torch.nn.MultiheadAttention reads the weight of its out_proj instead of calling the layer.
+_READ_BY_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear
+
+
+def quantize_model(
+    model: Model,
+    skip_modules: Iterable[str] = ("lm_head",),
+    block_size: int = 64,
+    double_quant: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Replace every linear layer of a model by a `LinearNF4`, in place.
+
+    ``torch.nn.Linear`` and transformers' ``Conv1D`` are replaced. Dense weights are freed one by
+    one, so that the memory needed beyond the model is one layer's.
+
+    Args:
+        model: any module; changed in place, and only after every layer has been checked.
+        skip_modules: names of modules to leave as they are, with all that is below them: a whole
+            dotted name or its last parts, such as ``"lm_head"`` or ``"mlp.down_proj"``.
+        block_size: elements that share one scale, a power of two from 32 to 4096.
+        double_quant: quantize the scales to 8 bits too.
+        progress: called with (layers done, layers in all) after each layer.
+
+    Returns:
+        The model; a new `LinearNF4` if the model itself is a linear layer.
+
+    Raises:
+        TypeError: model is no module, or a weight has an unsupported dtype.
+        ValueError: block_size is not supported, no linear layer is found, or a weight holds NaN or
+            an infinity; the message names the layer.
+    """
+    _check_model(model)
+    block_size = check_block_size(block_size)
+    layers = dense_layers(model, skip_modules)
+    if not layers:
+        raise ValueError(
+            f"model: expected at least one nn.Linear or Conv1D to quantize, found none in "
+            f"{type(model).__name__} (skip_modules={tuple(skip_modules)})"
+        )
+    for name, layer in layers.items():
+        _check_layer(name, layer)
+
+    def convert(layer: nn.Module) -> LinearNF4:
+        return LinearNF4.from_linear(layer, block_size=block_size, double_quant=double_quant)
+
+    return _replace(model, layers, convert, progress)
+
+
+def add_lora(
+    model: Model,
+    r: int = 16,
+    lora_alpha: float = 32,
+    target_modules: str | Iterable[str] = "all-linear",
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+) -> Model:
+    """Add a trainable low-rank adapter to quantized layers, and freeze everything else.
+
+    Args:
+        model: a module with `LinearNF4` layers; changed in place.
+        r: rank of the adapters, at least 1.
+        lora_alpha: numerator of the scaling.
+        target_modules: as in PEFT: ``"all-linear"`` for every `LinearNF4`; another string is a
+            regular expression for the whole name; a list holds whole names or their last parts.
+        lora_dropout: probability of dropping an input of the adapter in training, in [0, 1).
+        use_rslora: scale by lora_alpha / sqrt(r) instead of lora_alpha / r.
+
+    Returns:
+        The model; a new `QLoRALinear` if the model itself is the layer.
+
+    Raises:
+        TypeError: model is no module, an option has the wrong type, or a target is a dense layer.
+        ValueError: no module matches target_modules, a target has an adapter already, or an option
+            is out of range.
+    """
+    _check_model(model)
+    check_lora_options(r, lora_alpha, lora_dropout)
+    targets = _match_targets(model, target_modules)
+    model.requires_grad_(False)
+
+    def convert(layer: LinearNF4) -> QLoRALinear:
+        return QLoRALinear.from_weight(
+            layer.weight,
+            layer.bias,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+        ).train(layer.training)
+
+    return _replace(model, targets, convert)
+
+
+def merge(model: Model) -> Model:
+    """Turn every quantized layer back into a ``torch.nn.Linear``, adapters folded in.
+
+    The weight is the dequantized one plus the adapter's product, added in fp32 and rounded once to
+    the layer's dtype.
+
+    Args:
+        model: a module with `LinearNF4` or `QLoRALinear` layers; changed in place.
+
+    Returns:
+        The model; a new ``nn.Linear`` if the model itself is the layer.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: the model has no quantized layer.
+    """
+    _check_model(model)
+    layers = quantized_layers(model)
+    if not layers:
+        raise ValueError(f"model: expected LinearNF4 layers, found none in {type(model).__name__}")
+
+    return _replace(model, layers, lambda layer: layer.to_linear())
+
+
+def dense_layers(model: nn.Module, skip_modules: Iterable[str]) -> dict[str, nn.Module]:
+    """Return the layers `quantize_model` would replace, by name."""
+    if isinstance(skip_modules, str):
+        raise TypeError(f"skip_modules: expected a list of names, got the string {skip_modules!r}")
+    skip = tuple(skip_modules)
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (isinstance(module, nn.Linear) or is_conv1d(module))
+        and not isinstance(module, _READ_BY_ATTENTION)
+        and not _is_below(name, skip)
+    }
+
+
+def quantized_layers(model: nn.Module) -> dict[str, LinearNF4]:
+    """Return the `LinearNF4` and `QLoRALinear` layers of a model, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LinearNF4)
+    }
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    weight = dense_weight(layer).detach()
+    check_weight(weight, f"{name}.weight")
+    if weight.device.type != "meta" and not all(m.isfinite() for m in torch.aminmax(weight)):
+        raise ValueError(f"{name}.weight: expected finite values, got NaN or an infinity")
+
+
+def _is_below(name: str, suffixes: Iterable[str]) -> bool:
+    """Return whether name, or a module it is inside of, ends with one of the dotted suffixes."""
+    parts = name.split(".")
+    return any(
+        parts[end - len(suffix) : end] == suffix
+        for suffix in (s.split(".") for s in suffixes)
+        for end in range(len(suffix), len(parts) + 1)
+    )
+
+
+def _match_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, LinearNF4]:
+    layers = quantized_layers(model)
+    if targets == "all-linear":
+        matched: dict[str, nn.Module] = {**layers}
+    else:
+        modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
+        if isinstance(targets, str):
+            matched = {n: m for n, m in modules.items() if re.fullmatch(targets, n)}
+        else:
+            targets = tuple(targets)
+            ends = tuple(f".{t}" for t in targets)
+            matched = {n: m for n, m in modules.items() if n in targets or n.endswith(ends)}
+    if not matched:
+        kinds = sorted({n.rpartition(".")[2] for n in layers})
+        raise ValueError(
+            f"target_modules: expected names of LinearNF4 layers, {targets!r} matches none; "
+            f"the model has {', '.join(kinds) or 'no LinearNF4 (run nf4.quantize_model first)'}"
+        )
+    for name, module in matched.items():
+        if isinstance(module, QLoRALinear):
+            raise ValueError(f"{name}: expected a layer without adapter, got one with r={module.r}")
+        if not isinstance(module, LinearNF4):
+            raise TypeError(
+                f"{name}: expected a LinearNF4 (nf4.quantize_model makes them), "
+                f"got {type(module).__name__}"
+            )
+    return {name: layers[name] for name in matched}
+
+
+def _replace(
+    model: Model,
+    layers: dict[str, Layer],
+    convert: Callable[[Layer], nn.Module],
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Replace the named layers; a layer that has several names stays one layer."""
+    names: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        names.setdefault(id(layer), []).append(name)
+    for done, group in enumerate(names.values(), start=1):
+        new = convert([layers.pop(name) for name in group][0])
+        for name in group:
+            parent, _, child = name.rpartition(".")
+            if child:
+                setattr(model.get_submodule(parent), child, new)
+            else:
+                model = new  # type: ignore[assignment]
+        if progress is not None:
+            progress(done, len(names))
+    return model

@@ -1,0 +1,149 @@
+"""What quantization costs: the error of one tensor, of every layer of a model, and perplexity."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nf4.convert import dense_layers
+from nf4.functional import check_weight, dequantize, quantize
+from nf4.linear import dense_weight
+from nf4.tensor import NF4Tensor, check_nf4
+
+
+@dataclass(frozen=True)
+class QuantizationError:
+    """The difference between a tensor and its quantization.
+
+    Attributes:
+        mse: mean squared error.
+        rmse: its square root, in the unit of the weights.
+        mae: mean absolute error, in the unit of the weights.
+        max_abs: largest absolute error, in the unit of the weights.
+        relative: norm of the error over norm of the tensor; 0 for a tensor of zeros.
+        sqnr_db: signal to quantization noise ratio in dB, ``-20 log10(relative)``.
+    """
+
+    mse: float
+    rmse: float
+    mae: float
+    max_abs: float
+    relative: float
+    sqnr_db: float
+
+
+def quantization_error(w: Tensor, q: NF4Tensor) -> QuantizationError:
+    """Measure how far q is from w. The dequantized tensor is taken in fp32, unrounded.
+
+    Args:
+        w: float32, float16 or bfloat16, any shape.
+        q: a quantized tensor of the same shape.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: the shapes differ.
+    """
+    check_weight(w, "w")
+    check_nf4(q)
+    if w.shape != q.shape:
+        raise ValueError(f"w: expected shape {tuple(q.shape)} like q, got {tuple(w.shape)}")
+    if w.numel() == 0:
+        return QuantizationError(0.0, 0.0, 0.0, 0.0, 0.0, math.inf)
+    wide = w.detach().float()
+    diff = dequantize(q, torch.float32).sub_(wide).abs_()
+    mae, max_abs = diff.mean(dtype=torch.float64).item(), diff.max().item()
+    mse = diff.square_().mean(dtype=torch.float64).item()
+    power = wide.square().mean(dtype=torch.float64).item()
+    relative = math.sqrt(mse / power) if power else 0.0
+    sqnr_db = -20 * math.log10(relative) if relative else math.inf
+    return QuantizationError(mse, math.sqrt(mse), mae, max_abs, relative, sqnr_db)
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The error of one layer of a model.
+
+    Attributes:
+        name: dotted name of the layer.
+        kind: last part of the name, such as ``"q_proj"``.
+        shape: ``(out_features, in_features)``.
+        bits_per_weight: scales included.
+        error: the measured error.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bits_per_weight: float
+    error: QuantizationError
+
+
+def model_error(
+    model: nn.Module,
+    skip_modules: Iterable[str] = ("lm_head",),
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> list[LayerError]:
+    """Measure what `nf4.quantize_model` would cost, one row a layer; the model is left unchanged.
+
+    Args:
+        model: a module with dense linear layers.
+        skip_modules: names of modules to leave out, as for `nf4.quantize_model`.
+        block_size: elements that share one scale.
+        double_quant: quantize the scales to 8 bits too.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: the model has no dense linear layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    layers = dense_layers(model, skip_modules)
+    if not layers:
+        raise ValueError(
+            f"model: expected dense linear layers, found none in {type(model).__name__}"
+        )
+    rows = []
+    for name, layer in layers.items():
+        w = dense_weight(layer)
+        q = quantize(w, block_size, double_quant)
+        kind = name.rpartition(".")[2]
+        error = quantization_error(w, q)
+        rows.append(LayerError(name, kind, tuple(w.shape), q.bits_per_weight, error))
+    return rows
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Return the perplexity of a causal language model on windows of tokens.
+
+    Each window is scored on its own; its first token is context only.
+
+    Args:
+        model: a module that returns an object with ``logits`` ``[1, T, vocabulary]``.
+        windows: int64 ``[windows, T]``, T at least 2.
+        progress: called with (windows done, windows in all) after each window.
+
+    Raises:
+        ValueError: windows has another shape.
+    """
+    if windows.ndim != 2 or windows.shape[1] < 2 or not len(windows):
+        raise ValueError(
+            f"windows: expected shape (windows, T) with T ≥ 2, got {tuple(windows.shape)}"
+        )
+    training = model.training
+    model.eval()
+    total = 0.0
+    for done, window in enumerate(windows, start=1):
+        logits = model(window[None]).logits[0, :-1].float()
+        total += nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+        if progress is not None:
+            progress(done, len(windows))
+    model.train(training)
+    return math.exp(total / (windows.numel() - len(windows)))

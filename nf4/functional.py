@@ -1,0 +1,232 @@
+"""Quantize, dequantize and multiply: the public functions and all argument checks.
+
+What they compute, and how gradients flow, is registered in `nf4.operators`.
+"""
+
+import operator
+
+import torch
+from torch import Tensor
+
+from nf4 import operators as _operators  # noqa: F401  (registers torch.ops.nf4)
+from nf4.codebook import BLOCK_SIZES
+from nf4.tensor import DTYPES, NF4Tensor, check_nf4, packed_shape
+
+
+def quantize(w: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
+    """Quantize a tensor to 4-bit NormalFloat.
+
+    Args:
+        w: float32, float16 or bfloat16, any shape; left unchanged.
+        block_size: elements that share one scale, a power of two from 32 to 4096. Blocks run over
+            the flattened tensor; the last may be partial.
+        double_quant: quantize the scales to 8 bits too: 4.127 instead of 4.5 bits per weight at
+            block size 64.
+
+    Returns:
+        NF4Tensor on the device of w.
+
+    Raises:
+        TypeError: w is no dense tensor of a supported dtype, or block_size no integer.
+        ValueError: block_size is not supported, or w holds NaN or an infinity; the message names
+            the first such index.
+
+    Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
+    """
+    check_weight(w, "w")
+    block_size = check_block_size(block_size)
+    w = w.detach()
+    packed, absmax = torch.ops.nf4.quantize(w, block_size)
+    packed = packed.view(packed_shape(w.shape))
+    if not double_quant:
+        return NF4Tensor(packed, absmax, w.shape, w.dtype, block_size)
+    codes, absmax2, offset = torch.ops.nf4.quantize_absmax(absmax)
+    return NF4Tensor(packed, codes, w.shape, w.dtype, block_size, absmax2, offset)
+
+
+def dequantize(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the dense tensor that q stands for.
+
+    Args:
+        q: a quantized tensor.
+        dtype: floating dtype of the result; that of the quantized tensor by default.
+
+    Returns:
+        dtype ``q.shape``: level times scale in fp32, rounded once.
+
+    Raises:
+        TypeError: q is no NF4Tensor, or dtype not floating.
+        ValueError: the parts of q do not fit together.
+    """
+    check_nf4(q)
+    dtype = q.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype}")
+    out: Tensor = torch.ops.nf4.dequantize(
+        q.packed, q.absmax, q.absmax2, q.offset, list(q.shape), q.block_size, dtype
+    )
+    return out
+
+
+def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ W.T + bias for a quantized W, with gradients for x and bias.
+
+    Args:
+        x: float32, float16, bfloat16 or float64 ``[..., K]``. Autocast applies as to
+            ``torch.nn.functional.linear``.
+        q: quantized W ``[N, K]``.
+        bias: floating ``[N]`` or None.
+
+    Returns:
+        dtype of x ``[..., N]``; sums in fp32, one rounding.
+
+    Raises:
+        TypeError: an argument is no tensor of the kind named here.
+        ValueError: shapes or devices do not fit together.
+    """
+    _check_linear(x, q, bias)
+    x = _autocast(x)
+    y: Tensor = torch.ops.nf4.linear(
+        x, q.packed, q.absmax, q.absmax2, q.offset, bias, q.shape[0], q.block_size
+    )
+    return y
+
+
+def lora_linear(
+    x: Tensor,
+    q: NF4Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return x @ W.T + scaling * dropout(x) @ lora_A.T @ lora_B.T + bias for a quantized W.
+
+    Gradients flow to x, bias, lora_A and lora_B. Kept for backward are the packed weight, x and
+    x @ lora_A.T; no dequantized weight and no dropout mask.
+
+    Args:
+        x: float32, float16, bfloat16 or float64 ``[..., K]``. Autocast applies as to
+            ``torch.nn.functional.linear``.
+        q: quantized W ``[N, K]``.
+        lora_A: floating ``[r, K]``, rounded to the dtype of x.
+        lora_B: floating ``[N, r]``, rounded to the dtype of x.
+        scaling: factor of the low-rank term, in PEFT lora_alpha / r.
+        bias: floating ``[N]`` or None.
+        dropout_p: probability of dropping an element of x before lora_A, in [0, 1).
+        seed: int64 ``[]``, fixes the dropout mask; drawn from torch's generator by default.
+
+    Returns:
+        dtype of x ``[..., N]``.
+
+    Raises:
+        TypeError: an argument is no tensor of the kind named here.
+        ValueError: shapes or devices do not fit together, or dropout_p is outside [0, 1).
+
+    Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
+    """
+    _check_linear(x, q, bias)
+    _check_lora(x, q, lora_A, lora_B, scaling)
+    check_dropout(dropout_p, "dropout_p")
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+    elif not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim:
+        raise TypeError(f"seed: expected an int64 tensor of shape (), got {seed!r}")
+    x = _autocast(x)
+    y, _ = torch.ops.nf4.lora_linear(
+        x.reshape(-1, x.shape[-1]),
+        q.packed,
+        q.absmax,
+        q.absmax2,
+        q.offset,
+        bias,
+        lora_A,
+        lora_B,
+        float(scaling),
+        float(dropout_p),
+        seed,
+        q.block_size,
+    )
+    out: Tensor = y.view(*x.shape[:-1], q.shape[0])
+    return out
+
+
+def check_weight(w: Tensor, name: str) -> None:
+    """Raise TypeError unless w is a dense tensor that can be quantized."""
+    if not isinstance(w, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(w).__name__}")
+    if w.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {w.layout}")
+    if w.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16, got {w.dtype}")
+
+
+def check_block_size(block_size: int) -> int:
+    """Return block_size as an int, or raise TypeError or ValueError."""
+    if isinstance(block_size, bool) or not hasattr(type(block_size), "__index__"):
+        raise TypeError(f"block_size: expected an int, got {type(block_size).__name__}")
+    size = operator.index(block_size)
+    if size not in BLOCK_SIZES:
+        raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {size}")
+    return size
+
+
+def check_dropout(p: float, name: str) -> None:
+    """Raise unless p is a number in [0, 1)."""
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        raise TypeError(f"{name}: expected a number in [0, 1), got {type(p).__name__}")
+    if not 0 <= p < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {p}")
+
+
+def _check_floating(tensor: Tensor, name: str, q: NF4Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if tensor.device != q.packed.device:
+        raise ValueError(
+            f"{name}: expected device {q.packed.device}, where the weight is, got {tensor.device}"
+        )
+
+
+def _check_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> None:
+    check_nf4(q)
+    if q.ndim != 2:
+        raise ValueError(f"q: expected a quantized matrix [N, K], got shape {tuple(q.shape)}")
+    _check_floating(x, "x", q)
+    if x.ndim == 0 or x.shape[-1] != q.shape[1]:
+        raise ValueError(
+            f"x: expected shape (..., {q.shape[1]}) for a weight {tuple(q.shape)}, "
+            f"got {tuple(x.shape)}"
+        )
+    if bias is not None:
+        _check_floating(bias, "bias", q)
+        if bias.shape != (q.shape[0],):
+            raise ValueError(f"bias: expected shape ({q.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _check_lora(x: Tensor, q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+    _check_floating(lora_A, "lora_A", q)
+    _check_floating(lora_B, "lora_B", q)
+    n, k = q.shape
+    if lora_A.ndim != 2 or lora_A.shape[0] < 1 or lora_A.shape[1] != k:
+        raise ValueError(f"lora_A: expected shape (r, {k}) with r ≥ 1, got {tuple(lora_A.shape)}")
+    if lora_B.shape != (n, lora_A.shape[0]):
+        raise ValueError(
+            f"lora_B: expected shape ({n}, {lora_A.shape[0]}), got {tuple(lora_B.shape)}"
+        )
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
+        raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Cast x as autocast casts the input of a matrix product."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

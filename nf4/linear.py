@@ -1,0 +1,330 @@
+"""Linear layers on a 4-bit weight: LinearNF4, frozen, and QLoRALinear, with a trainable adapter."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nf4.functional import (
+    check_block_size,
+    check_dropout,
+    check_weight,
+    dequantize,
+    linear,
+    lora_linear,
+    quantize,
+)
+from nf4.tensor import DTYPES, NF4Tensor
+
+_FROZEN = ("packed", "absmax", "absmax2", "offset")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether module is transformers' Conv1D, a linear layer with a transposed weight."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Return the weight ``[out_features, in_features]`` of an nn.Linear or transformers' Conv1D.
+
+    Raises:
+        TypeError: module is of another kind.
+    """
+    if isinstance(module, nn.Linear):
+        return module.weight
+    if is_conv1d(module):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.T
+    raise TypeError(
+        f"expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}"
+    )
+
+
+class LinearNF4(nn.Module):
+    """A drop-in for ``torch.nn.Linear`` with a frozen weight in 4-bit NormalFloat.
+
+    The weight is held as plain frozen parameters, so that ``state_dict``, ``.to`` and sharding need
+    no special case: ``packed`` uint8 ``[out_features, in_features / 2]``, ``absmax``, and with
+    double quantization ``absmax2`` and ``offset``, as in `NF4Tensor`. Casting the module changes
+    the bias and `dtype`, never the bytes or the fp32 scales.
+
+    Args:
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether the layer adds a trainable bias.
+        block_size: elements that share one scale, a power of two from 32 to 4096.
+        double_quant: quantize the scales to 8 bits too.
+        device: where to make the weight, by default as torch does.
+        dtype: dtype of the bias and of the dequantized weight, by default torch's default dtype.
+
+    The weight is initialized as by ``torch.nn.Linear`` and quantized; `from_linear` takes one that
+    exists.
+
+    Raises:
+        TypeError: an argument has the wrong type, or dtype is not float32, float16 or bfloat16.
+        ValueError: a size is below 1, or block_size is not supported.
+    """
+
+    packed: nn.Parameter
+    absmax: nn.Parameter
+    absmax2: nn.Parameter | None
+    offset: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+        self.in_features, self.out_features = in_features, out_features
+        w = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        check_weight(w, "dtype")
+        nn.init.kaiming_uniform_(w, a=math.sqrt(5))
+        self._set_weight(quantize(w, check_block_size(block_size), double_quant))
+        self.bias = None
+        if bias:
+            bound = 1 / math.sqrt(in_features)
+            self.bias = nn.Parameter(w.new_empty(out_features).uniform_(-bound, bound))
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, *, block_size: int = 64, double_quant: bool = True, **options: Any
+    ) -> Self:
+        """Quantize a ``torch.nn.Linear`` or transformers' ``Conv1D``.
+
+        Args:
+            linear: the layer; left unchanged. Its bias is shared, not copied.
+            block_size: elements that share one scale.
+            double_quant: quantize the scales to 8 bits too.
+            **options: what else this class takes, such as r and lora_alpha.
+
+        Raises:
+            TypeError: linear is of another kind.
+            ValueError: a weight is NaN or infinite.
+        """
+        weight = dense_weight(linear)
+        bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
+        layer = cls.from_weight(quantize(weight, block_size, double_quant), bias, **options)
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_weight(cls, q: NF4Tensor, bias: nn.Parameter | None = None, **options: Any) -> Self:
+        """Make a layer around a quantized weight ``[out_features, in_features]``.
+
+        Args:
+            q: the weight; shared, not copied.
+            bias: parameter ``[out_features]`` or None; shared, not copied.
+            **options: what else this class takes, such as r and lora_alpha.
+        """
+        out_features, in_features = q.shape
+        layer = cls(
+            in_features,
+            out_features,
+            bias=False,
+            block_size=q.block_size,
+            double_quant=q.double_quant,
+            device="meta",
+            dtype=q.dtype,
+            **options,
+        )
+        layer._set_weight(q)
+        layer.bias = bias
+        return layer
+
+    def _set_weight(self, q: NF4Tensor) -> None:
+        self.block_size, self.double_quant, self.dtype = q.block_size, q.double_quant, q.dtype
+        for name in _FROZEN:
+            tensor = getattr(q, name)
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, parameter)
+
+    @property
+    def weight(self) -> NF4Tensor:
+        """The quantized weight ``[out_features, in_features]``, sharing this layer's tensors."""
+        shape = torch.Size((self.out_features, self.in_features))
+        return NF4Tensor(
+            self.packed,
+            self.absmax,
+            shape,
+            self.dtype,
+            self.block_size,
+            self.absmax2,
+            self.offset,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x @ W.T + bias, ``[..., out_features]`` in the dtype of x."""
+        return linear(x, self.weight, self.bias)
+
+    def merged_weight(self) -> Tensor:
+        """Return the dense weight ``[out_features, in_features]`` in `dtype`."""
+        return dequantize(self.weight)
+
+    def to_linear(self) -> nn.Linear:
+        """Return a ``torch.nn.Linear`` with `merged_weight`; it shares the bias."""
+        weight = self.merged_weight()
+        dense = nn.Linear(
+            self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype
+        )
+        dense.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            dense.bias = self.bias
+        return dense.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the weight with the module, but keep its bytes and fp32 scales as they are."""
+        frozen = {id(getattr(self, name)) for name in _FROZEN}
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if id(t) in frozen and out.dtype != t.dtype else out
+
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        if dtype in DTYPES:
+            self.dtype = dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse a weight quantized otherwise, before anything is copied."""
+        errors = args[-1]
+        found = len(errors)
+        for name in _FROZEN:
+            new, old = state_dict.get(prefix + name), getattr(self, name)
+            if new is not None and old is None:
+                errors.append(f"{prefix}{name}: expected none (double_quant=False), got one")
+            elif new is not None and (new.dtype, new.shape) != (old.dtype, old.shape):
+                errors.append(
+                    f"{prefix}{name}: expected {old.dtype} {tuple(old.shape)} (block_size="
+                    f"{self.block_size}, double_quant={self.double_quant}), "
+                    f"got {new.dtype} {tuple(new.shape)}"
+                )
+        if len(errors) == found:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, block_size={self.block_size}, "
+            f"double_quant={self.double_quant}, dtype={self.dtype}"
+        )
+
+
+class QLoRALinear(LinearNF4):
+    """A `LinearNF4` with a trainable low-rank adapter: y = x W^T + s dropout(x) A^T B^T + bias.
+
+    ``lora_A`` float32 ``[r, in_features]`` starts as PEFT's does and ``lora_B`` float32
+    ``[out_features, r]`` at zero, so that the first output equals the base's. s is lora_alpha / r,
+    or lora_alpha / sqrt(r) with use_rslora.
+
+    Args:
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether the layer adds a bias.
+        r: rank of the adapter, at least 1.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: probability of dropping an input of the adapter in training, in [0, 1).
+        use_rslora: divide lora_alpha by sqrt(r) (https://arxiv.org/abs/2312.03732).
+        **options: block_size, double_quant, device and dtype of `LinearNF4`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: r is below 1, lora_dropout outside [0, 1), or lora_alpha not finite.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        **options: Any,
+    ) -> None:
+        check_lora_options(r, lora_alpha, lora_dropout)
+        super().__init__(in_features, out_features, bias, **options)
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.use_rslora = use_rslora
+        self._make_adapter()
+
+    def _make_adapter(self) -> None:
+        device = self.packed.device
+        lora_A = torch.empty(self.r, self.in_features, dtype=torch.float32, device=device)
+        lora_B = torch.zeros(self.out_features, self.r, dtype=torch.float32, device=device)
+        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @classmethod
+    def from_weight(cls, q: NF4Tensor, bias: nn.Parameter | None = None, **options: Any) -> Self:
+        """Make a layer with a new adapter around a quantized weight; as `LinearNF4.from_weight`."""
+        layer = super().from_weight(q, bias, **options)
+        layer._make_adapter()
+        return layer
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the adapter's output."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return base plus adapter, ``[..., out_features]`` in the dtype of x."""
+        return lora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.bias,
+            self.lora_dropout if self.training else 0.0,
+        )
+
+    def merged_weight(self) -> Tensor:
+        """Return the dense weight with the adapter added in fp32 and rounded once to `dtype`."""
+        with torch.no_grad():
+            w = dequantize(self.weight, torch.float32)
+            return w.addmm_(self.lora_B.float(), self.lora_A.float(), alpha=self.scaling).to(
+                self.dtype
+            )
+
+    def to_base(self) -> LinearNF4:
+        """Return the frozen layer without the adapter; it shares weight and bias."""
+        return LinearNF4.from_weight(self.weight, self.bias).train(self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in ``print(model)``."""
+        return (
+            f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
+            f"lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}"
+        )
+
+
+def check_lora_options(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    """Raise TypeError or ValueError unless an adapter can be made with these options."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r: expected an int, got {type(r).__name__}")
+    if r < 1:
+        raise ValueError(f"r: expected an int of at least 1, got {r}")
+    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float):
+        raise TypeError(f"lora_alpha: expected a number, got {type(lora_alpha).__name__}")
+    if not math.isfinite(lora_alpha) or lora_alpha <= 0:
+        raise ValueError(f"lora_alpha: expected a finite number above 0, got {lora_alpha}")
+    check_dropout(lora_dropout, "lora_dropout")

@@ -1,0 +1,289 @@
+"""The operators of ``torch.ops.nf4``: what runs where, fake tensors, autograd.
+
+Registering them with ``torch.library`` makes them work under ``torch.compile(fullgraph=True)``,
+autocast, checkpointing and on meta tensors. On a device without a kernel an operator computes what
+nf4/reference/ defines. Arguments are checked in `nf4.functional`, except for what needs the data.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nf4.codebook import ABSMAX_BLOCK_SIZE
+from nf4.reference.dequantize import dequantize
+from nf4.reference.linear import accumulator, linear, linear_backward
+from nf4.reference.lora_linear import lora_linear, lora_linear_backward
+from nf4.reference.quantize import quantize
+from nf4.reference.quantize_absmax import quantize_absmax
+
+_WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
+_LORA = "Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, Tensor? seed"
+
+
+def _define(
+    name: str,
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    name = f"nf4::{name}"
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CompositeExplicitAutograd")(compute)
+    torch.library.register_fake(name)(fake)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Keep autocast out of an operator: its caller has chosen the dtypes already."""
+    kind = x.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "nf4: the gradient of a gradient is not implemented; "
+        "call backward without create_graph=True"
+    )
+
+
+# --- quantize
+
+
+def _quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    packed, absmax = quantize(w, block_size)
+    if not torch.isfinite(absmax).all():
+        position = (~torch.isfinite(w.reshape(-1))).nonzero()[0, 0].cpu()
+        index = tuple(int(i) for i in torch.unravel_index(position, w.shape))
+        raise ValueError(f"w: expected finite values, got {w[index].item()} at index {index}")
+    return packed, absmax
+
+
+def _quantize_fake(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    n = w.numel()
+    return (
+        w.new_empty((n + 1) // 2, dtype=torch.uint8),
+        w.new_empty((n + block_size - 1) // block_size, dtype=torch.float32),
+    )
+
+
+def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = (absmax.numel() + ABSMAX_BLOCK_SIZE - 1) // ABSMAX_BLOCK_SIZE
+    codes = torch.empty_like(absmax, dtype=torch.uint8)
+    return codes, absmax.new_empty(blocks), absmax.new_empty(())
+
+
+# --- dequantize
+
+
+def _dequantize_fake(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: Sequence[int],
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+# --- linear
+
+
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    block_size: int,
+) -> Tensor:
+    shape = (out_features, x.shape[-1])
+    with _no_autocast(x):
+        w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
+        return linear(x, w, bias)
+
+
+def _linear_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], args[-2]))
+
+
+def _linear_backward(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    in_features: int,
+    block_size: int,
+) -> Tensor:
+    shape = (dy.shape[-1], in_features)
+    with _no_autocast(dy):
+        w = dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
+        return linear_backward(dy, w)
+
+
+def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, absmax, absmax2, offset, bias, _, block_size = inputs
+    ctx.save_for_backward(packed, absmax, absmax2, offset)
+    ctx.in_features, ctx.block_size = x.shape[-1], block_size
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.nf4.linear_backward(dy, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
+    if ctx.needs_input_grad[5]:
+        rows = dy.reshape(-1, dy.shape[-1])
+        dbias = rows.sum(dim=0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
+    return dx, None, None, None, None, dbias, None, None
+
+
+# --- lora_linear
+
+
+def _lora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    shape = (lora_B.shape[0], x.shape[-1])
+    with _no_autocast(x):
+        w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
+        return lora_linear(x, w, bias, lora_A, lora_B, scaling, dropout_p, seed)
+
+
+def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    lora_A, lora_B = args[5], args[6]
+    return x.new_empty(x.shape[0], lora_B.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+
+
+def _lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    t: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    block_size: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    shape = (lora_B.shape[0], lora_A.shape[1])
+    with _no_autocast(dy):
+        w = None
+        if needs[0]:
+            w = dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
+        grads = lora_linear_backward(
+            dy, x, t, w, lora_A, lora_B, scaling, dropout_p, seed, needs[1]
+        )
+    return tuple(dy.new_empty(0) if g is None else g for g in grads)
+
+
+def _lora_linear_backward_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    lora_A, lora_B, needs = args[6], args[7], args[-1]
+    acc = accumulator(dy.dtype)
+    likes = (
+        ((dy.shape[0], lora_A.shape[1]), dy.dtype),
+        ((dy.shape[1],), acc),
+        (lora_A.shape, acc),
+        (lora_B.shape, acc),
+    )
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
+        for (shape, dtype), need in zip(likes, needs, strict=True)
+    )
+
+
+def _lora_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, packed, absmax, absmax2, offset, bias, lora_A, lora_B, scaling, p, seed, block_size = inputs
+    _, t = output
+    ctx.mark_non_differentiable(t)
+    need = ctx.needs_input_grad
+    x, t = (x if need[6] else None), (t if need[7] else None)
+    ctx.save_for_backward(x, t, packed, absmax, absmax2, offset, lora_A, lora_B, seed)
+    ctx.scaling, ctx.dropout_p, ctx.block_size = scaling, p, block_size
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _lora_linear_autograd(ctx: Any, dy: Tensor, dt: None) -> tuple[Tensor | None, ...]:
+    *tensors, lora_A, lora_B, seed = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 5, 6, 7)]
+    grads = torch.ops.nf4.lora_linear_backward(
+        dy, *tensors, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, ctx.block_size, needs
+    )
+    dtypes = (dy.dtype, ctx.bias_dtype, lora_A.dtype, lora_B.dtype)
+    dx, dbias, dA, dB = (
+        g.to(dtype) if need else None for g, dtype, need in zip(grads, dtypes, needs, strict=True)
+    )
+    return dx, None, None, None, None, dbias, dA, dB, None, None, None, None
+
+
+_define("quantize", "(Tensor w, int block_size) -> (Tensor, Tensor)", _quantize, _quantize_fake)
+_define(
+    "quantize_absmax",
+    "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
+    quantize_absmax,
+    _quantize_absmax_fake,
+)
+_define(
+    "dequantize",
+    f"({_WEIGHT}, SymInt[] shape, int block_size, ScalarType dtype) -> Tensor",
+    dequantize,
+    _dequantize_fake,
+)
+_define(
+    "linear_backward",
+    f"(Tensor dy, {_WEIGHT}, SymInt in_features, int block_size) -> Tensor",
+    _linear_backward,
+    lambda dy, *args: dy.new_empty((*dy.shape[:-1], args[-2])),
+    _no_double_backward,
+)
+_define(
+    "linear",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt out_features, int block_size) -> Tensor",
+    _linear,
+    _linear_fake,
+    _linear_autograd,
+    _linear_setup_context,
+)
+_define(
+    "lora_linear_backward",
+    f"(Tensor dy, Tensor? x, Tensor? t, {_WEIGHT}, {_LORA}, int block_size, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _lora_linear_backward,
+    _lora_linear_backward_fake,
+    _no_double_backward,
+)
+_define(
+    "lora_linear",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LORA}, int block_size) -> (Tensor, Tensor)",
+    _lora_linear,
+    _lora_linear_fake,
+    _lora_linear_autograd,
+    _lora_linear_setup_context,
+)

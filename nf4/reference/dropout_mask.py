@@ -1,0 +1,54 @@
+"""Dropout without a stored mask: element i of a mask depends only on the seed and on i.
+
+    word i = output i mod 4 of Philox-4x32-10(counter = i // 4, key = seed)
+    keep i iff word >= p * 2**32
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
+(https://doi.org/10.1145/2063384.2063405); the same words as Triton's ``tl.randint4x``.
+"""
+
+import torch
+from torch import Tensor
+
+MASK32 = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, counter: Tensor) -> Tensor:
+    """Return four random 32-bit words for each counter.
+
+    Args:
+        seed: int64 ``[]``, the 64-bit key.
+        counter: int64 ``[n]``, the low 64 bits of the 128-bit counter; the rest is zero.
+
+    Returns:
+        int64 ``[n, 4]``, values below 2**32.
+    """
+    c0, c1 = counter & MASK32, (counter >> 32) & MASK32
+    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
+    k0, k1 = seed & MASK32, (seed >> 32) & MASK32
+    for _ in range(10):
+        high, low = (
+            0xD2511F53 * c0,
+            0xCD9E8D57 * c2,
+        )  # 64-bit products; a wrapped sign bit is harmless
+        c0 = ((low >> 32) & MASK32) ^ c1 ^ k0
+        c2 = ((high >> 32) & MASK32) ^ c3 ^ k1
+        c1, c3 = low & MASK32, high & MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return torch.stack([c0, c1, c2, c3], dim=-1)
+
+
+def dropout_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
+    """Return which elements dropout keeps.
+
+    Args:
+        seed: int64 ``[]``.
+        shape: sizes of the mask.
+        p: probability of dropping an element, in [0, 1).
+
+    Returns:
+        bool ``shape``, true where the element is kept.
+    """
+    n = shape.numel()
+    counter = torch.arange(-(-n // 4), device=seed.device)
+    return (philox(seed, counter).view(-1)[:n] >= round(p * 2**32)).view(shape)

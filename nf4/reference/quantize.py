@@ -1,0 +1,36 @@
+"""Quantize to NF4: the nearest of 16 levels, relative to the largest magnitude of each block.
+
+    absmax[b] = max |x| over block b      code[i] = #{thresholds < x[i] * (1 / absmax)}
+
+Blocks run over the flattened tensor. A tie takes the lower code. Two codes a byte, the even element
+in the high nibble; an odd count is padded with the code of zero. Source: QLoRA, section 3
+(https://arxiv.org/abs/2305.14314); byte order and thresholds are those of bitsandbytes.
+"""
+
+import torch
+from torch import Tensor
+
+from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
+from nf4.reference._blocks import as_blocks
+
+
+def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantize w.
+
+    Args:
+        w: float32, float16 or bfloat16, any shape.
+        block_size: elements that share one absmax.
+
+    Returns:
+        packed: uint8 ``[ceil(n / 2)]`` for n elements.
+        absmax: float32 ``[ceil(n / block_size)]``; not finite where a block is not.
+    """
+    x = as_blocks(w.float(), block_size)
+    absmax = x.abs().amax(dim=1)
+    absmax = torch.where(absmax < SMALLEST_ABSMAX, 0.0, absmax)
+    scaled = x * torch.where(absmax == 0, 0.0, 1 / absmax)[:, None]
+    codes = torch.zeros_like(scaled, dtype=torch.uint8)
+    for threshold in nf4_thresholds():
+        codes += (scaled > threshold).view(torch.uint8)
+    codes = codes.view(-1)[: w.numel() + w.numel() % 2]
+    return codes[0::2] << 4 | codes[1::2], absmax

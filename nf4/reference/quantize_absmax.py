@@ -1,0 +1,34 @@
+"""Double quantization: the scales themselves to 8 bits.
+
+    offset = mean(absmax)          d = absmax - offset          absmax2[j] = max |d| over block j
+    code[i] = the entry of the 256-entry map nearest to d[i] * (1 / absmax2); a tie takes the lower
+
+The mean is summed in float64 and rounded once, so that it does not depend on the order of the sum,
+which differs between devices. Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
+"""
+
+import torch
+from torch import Tensor
+
+from nf4.codebook import ABSMAX_BLOCK_SIZE, SMALLEST_ABSMAX, absmax_thresholds
+from nf4.reference._blocks import as_blocks
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize the scales of `quantize`.
+
+    Args:
+        absmax: float32 ``[blocks]``.
+
+    Returns:
+        codes: uint8 ``[blocks]``.
+        absmax2: float32 ``[ceil(blocks / 256)]``.
+        offset: float32 ``[]``.
+    """
+    offset = absmax.double().sum().div(max(absmax.numel(), 1)).float()
+    d = as_blocks(absmax - offset, ABSMAX_BLOCK_SIZE)
+    absmax2 = d.abs().amax(dim=1)
+    absmax2 = torch.where(absmax2 < SMALLEST_ABSMAX, 0.0, absmax2)
+    scaled = d * torch.where(absmax2 == 0, 0.0, 1 / absmax2)[:, None]
+    codes = torch.bucketize(scaled, absmax_thresholds(absmax.device), out_int32=True)
+    return codes.view(-1)[: absmax.numel()].to(torch.uint8), absmax2, offset

@@ -1,0 +1,148 @@
+"""NF4Tensor: a quantized tensor as plain tensors and their meaning."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from nf4.codebook import ABSMAX_BLOCK_SIZE
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def packed_shape(shape: torch.Size) -> torch.Size:
+    """Return the shape of the packed bytes: rows stay rows where the last size is even."""
+    if len(shape) and shape[-1] % 2 == 0:
+        return torch.Size((*shape[:-1], shape[-1] // 2))
+    return torch.Size(((shape.numel() + 1) // 2,))
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Tensor:
+    """A tensor quantized to 4-bit NormalFloat. Made by `nf4.quantize`.
+
+    Attributes:
+        packed: uint8 ``[*shape[:-1], shape[-1] / 2]``, two codes a byte, the even element in the
+            high nibble; flat ``[ceil(n / 2)]`` where the last size is odd. Viewed flat it is byte
+            for byte bitsandbytes' ``weight``.
+        absmax: float32 ``[blocks]``, the largest magnitude of each block; with double quantization
+            its uint8 codes.
+        shape: sizes of the tensor that was quantized.
+        dtype: dtype of the tensor that was quantized, and of `nf4.dequantize`'s result.
+        block_size: elements that share one absmax.
+        absmax2: float32 ``[ceil(blocks / 256)]``; None without double quantization.
+        offset: float32 ``[]``, the mean of absmax; None without double quantization.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    block_size: int = 64
+    absmax2: Tensor | None = None
+    offset: Tensor | None = None
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantized too."""
+        return self.absmax2 is not None
+
+    @property
+    def absmax_block_size(self) -> int:
+        """Scales that share one entry of absmax2."""
+        return ABSMAX_BLOCK_SIZE
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the packed bytes."""
+        return self.packed.device
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the tensor that was quantized."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Return the number of elements of the tensor that was quantized."""
+        return math.prod(self.shape)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what is held: packed, absmax and, with double quantization, absmax2, offset."""
+        held = (self.packed, self.absmax, self.absmax2, self.offset)
+        return tuple(t for t in held if t is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes and all scales."""
+        return sum(t.nbytes for t in self.tensors())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight, scales included: 4.127 at block size 64 with double quantization."""
+        return 8 * self.nbytes / max(self.numel(), 1)
+
+    def to(self, device: torch.device | str | int) -> "NF4Tensor":
+        """Return the same tensor on another device."""
+        return replace(
+            self,
+            packed=self.packed.to(device),
+            absmax=self.absmax.to(device),
+            absmax2=None if self.absmax2 is None else self.absmax2.to(device),
+            offset=None if self.offset is None else self.offset.to(device),
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        """Refuse torch's functions, which would read the bytes as numbers."""
+        raise TypeError(
+            f"{getattr(func, '__name__', func)}: expected a torch.Tensor, got an NF4Tensor; "
+            "multiply by it with nf4.linear, or make it dense with nf4.dequantize"
+        )
+
+    def __repr__(self) -> str:
+        """Describe the tensor without printing its bytes."""
+        return (
+            f"NF4Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, "
+            f"block_size={self.block_size}, double_quant={self.double_quant}, "
+            f"device='{self.device}', {self.bits_per_weight:.3f} bits per weight)"
+        )
+
+
+def check_nf4(q: NF4Tensor, name: str = "q") -> None:
+    """Raise unless the parts of q fit together.
+
+    Raises:
+        TypeError: q is no NF4Tensor, or a part has another dtype than the format's.
+        ValueError: a part has another shape or device than q.shape and q.block_size ask for.
+    """
+    if not isinstance(q, NF4Tensor):
+        raise TypeError(f"{name}: expected an NF4Tensor, got {type(q).__name__}")
+    blocks = -(-q.numel() // q.block_size)
+    parts = [("packed", q.packed, torch.uint8, packed_shape(torch.Size(q.shape)))]
+    if (q.absmax2 is None) != (q.offset is None):
+        raise ValueError(f"{name}: absmax2 and offset belong together, got only one of them")
+    if q.absmax2 is None or q.offset is None:
+        parts += [("absmax", q.absmax, torch.float32, torch.Size((blocks,)))]
+    else:
+        blocks2 = -(-blocks // ABSMAX_BLOCK_SIZE)
+        parts += [
+            ("absmax", q.absmax, torch.uint8, torch.Size((blocks,))),
+            ("absmax2", q.absmax2, torch.float32, torch.Size((blocks2,))),
+            ("offset", q.offset, torch.float32, torch.Size(())),
+        ]
+    for part, tensor, dtype, shape in parts:
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}.{part}: expected {dtype}, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name}.{part}: expected shape {tuple(shape)} for {tuple(q.shape)} at block size "
+                f"{q.block_size}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != q.packed.device:
+            raise ValueError(
+                f"{name}.{part}: expected device {q.packed.device} like packed, got {tensor.device}"
+            )

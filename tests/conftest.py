@@ -1,0 +1,100 @@
+"""Fixtures shared by the tests."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import warnings
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nf4
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empty(request):
+    """Fill torch.empty with NaN, so that what a test never wrote shows."""
+    if request.node.get_closest_marker("demo"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def bnb() -> ModuleType:
+    """bitsandbytes, the oracle of the format."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import bitsandbytes.functional
+    return bitsandbytes.functional
+
+
+@pytest.fixture
+def bnb_parts(bnb):
+    """Quantize with bitsandbytes and return its parts as an NF4Tensor, and its own result."""
+
+    def quantize(w: Tensor, block_size: int = 64, double_quant: bool = False):
+        packed, state = bnb.quantize_4bit(
+            w, blocksize=block_size, quant_type="nf4", compress_statistics=double_quant
+        )
+        q = nf4.NF4Tensor(
+            packed.view(nf4.tensor.packed_shape(w.shape)),
+            state.absmax,
+            w.shape,
+            w.dtype,
+            block_size,
+            state.state2.absmax if double_quant else None,
+            state.offset if double_quant else None,
+        )
+        return SimpleNamespace(q=q, dequantized=bnb.dequantize_4bit(packed, state))
+
+    return quantize
+
+
+class Block(nn.Module):
+    """A small residual block with biased and unbiased linears, one of them tied twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(96, 160)
+        self.down = nn.Linear(160, 96, bias=False)
+        self.lm_head = nn.Linear(96, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(x + self.down(torch.tanh(self.up(x))))
+
+
+@pytest.fixture
+def block() -> Block:
+    return Block()
+
+
+@pytest.fixture
+def tiny_llama():
+    """Make a random two-layer Llama; the same one at each call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        config = LlamaConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        return LlamaForCausalLM(config)
+
+    return make
