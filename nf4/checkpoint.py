@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nf4.convert import quantized_layers
+from nf4.convert import freeze_base, quantized_layers
 from nf4.linear import LinearNF4, QLoRALinear, check_lora_options
 
 CONFIG_NAME = "adapter_config.json"
@@ -120,7 +120,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{expected[0]} and {expected[1]}, got {tuple(lora_A.shape)} and "
                 f"{tuple(lora_B.shape)}"
             )
-    model.requires_grad_(False)
+    freeze_base(model)
     for name, old in layers.items():
         if name in adapters:
             _set_adapter(model, name, old, config, *adapters[name])

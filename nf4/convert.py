@@ -91,7 +91,7 @@ def add_lora(
     _check_model(model)
     check_lora_options(r, lora_alpha, lora_dropout)
     targets = _match_targets(model, target_modules)
-    model.requires_grad_(False)
+    freeze_base(model)
 
     def convert(layer: LinearNF4) -> QLoRALinear:
         return QLoRALinear.from_weight(
@@ -153,6 +153,15 @@ def quantized_layers(model: nn.Module) -> dict[str, LinearNF4]:
     }
 
 
+def freeze_base(model: nn.Module) -> None:
+    """Let no parameter of a model need a gradient but those of adapters it has."""
+    adapters = [m for m in model.modules() if isinstance(m, QLoRALinear)]
+    kept = {id(p) for m in adapters for p in (m.lora_A, m.lora_B)}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -184,7 +193,7 @@ def _match_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
         if isinstance(targets, str):
             matched = {n: m for n, m in modules.items() if re.fullmatch(targets, n)}
         else:
-            targets = tuple(targets)
+            targets = list(targets)
             ends = tuple(f".{t}" for t in targets)
             matched = {n: m for n, m in modules.items() if n in targets or n.endswith(ends)}
     if not matched:

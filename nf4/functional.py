@@ -227,6 +227,6 @@ def _check_lora(x: Tensor, q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, scaling
 def _autocast(x: Tensor) -> Tensor:
     """Cast x as autocast casts the input of a matrix product."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))

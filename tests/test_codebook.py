@@ -7,10 +7,24 @@ import torch
 from nf4 import codebook
 
 CPU = torch.device("cpu")
-LEVEL_BITS = (
-    "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000 "
-    "3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"
-).split()
+LEVEL_BITS = [
+    "bf800000",
+    "bf3239b1",
+    "bf066b30",
+    "beca32a0",
+    "be91a24d",
+    "be3d353f",
+    "bdba7871",
+    "00000000",
+    "3da2faff",
+    "3e24cae3",
+    "3e7c04dd",
+    "3ead033a",
+    "3ee1a4b8",
+    "3f1007ab",
+    "3f3913b3",
+    "3f800000",
+]
 
 
 def test_levels_have_the_published_bits() -> None:

@@ -119,7 +119,9 @@ def test_quantize_rejects_nan_and_infinity_naming_the_first(bad, dtype) -> None:
     w = torch.randn(5, 40).to(dtype)
     w[2, 7] = w[4, 0] = bad
     before = w.clone()
-    with pytest.raises(ValueError, match=rf"w: expected finite values, got {bad} at index \(2, 7\)"):
+    with pytest.raises(
+        ValueError, match=rf"w: expected finite values, got {bad} at index \(2, 7\)"
+    ):
         nf4.quantize(w)
     assert torch.equal(w.nan_to_num(), before.nan_to_num())
 

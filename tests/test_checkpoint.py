@@ -1,0 +1,253 @@
+"""Adapters on disk: PEFT's files, both ways, and what a bad file does."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import nf4
+
+
+def add_random_lora(model: nn.Module, **options) -> nn.Module:
+    nf4.add_lora(model, **options)
+    for module in model.modules():
+        if isinstance(module, nf4.QLoRALinear):
+            nn.init.normal_(module.lora_B, std=0.05)
+    return model
+
+
+@pytest.fixture
+def saved(block, tmp_path):
+    """Save an adapter of r=4, alpha=8 for Block, and return its folder."""
+    add_random_lora(nf4.quantize_model(block), r=4, lora_alpha=8)
+    nf4.save_adapter(block, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def fresh(block, saved):
+    """Make a quantized Block with other random weights but no adapter."""
+    return nf4.quantize_model(type(block)())
+
+
+def snapshot(model: nn.Module) -> dict[str, bytes]:
+    return {n: p.detach().numpy().tobytes() for n, p in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_round_trips_to_equal_logits(tiny_llama, tmp_path, rslora) -> None:
+    model = add_random_lora(
+        nf4.quantize_model(tiny_llama()), r=3, lora_alpha=5, lora_dropout=0.1, use_rslora=rslora
+    ).eval()
+    tokens = torch.arange(20)[None]
+    nf4.save_adapter(model, tmp_path / "a")
+    other = nf4.quantize_model(tiny_llama()).eval()
+    assert not torch.equal(other(tokens).logits, model(tokens).logits)
+    nf4.load_adapter(other, str(tmp_path / "a"))
+    assert torch.equal(other(tokens).logits, model(tokens).logits)
+    layer = other.model.layers[0].mlp.up_proj
+    assert (layer.r, layer.lora_alpha, layer.lora_dropout) == (3, 5, 0.1)
+    trainable = {n.rpartition(".")[2] for n, p in other.named_parameters() if p.requires_grad}
+    assert trainable == {"lora_A", "lora_B"}
+
+
+def test_adapter_is_loaded_by_peft(tiny_llama, tmp_path) -> None:
+    """What the adapter adds to the dense model is the same, with two ranks and alphas."""
+    from peft import PeftModel
+
+    model = nf4.quantize_model(tiny_llama())
+    add_random_lora(model, r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"])
+    add_random_lora(model, r=7, lora_alpha=9, target_modules=["down_proj"])
+    nf4.save_adapter(model, tmp_path / "a")
+    theirs = PeftModel.from_pretrained(tiny_llama(), tmp_path / "a")
+    found = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, nf4.QLoRALinear):
+            delta = theirs.base_model.model.get_submodule(name).get_delta_weight("default")
+            torch.testing.assert_close(delta, layer.scaling * layer.lora_B @ layer.lora_A)
+            found += 1
+    assert found == 6
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_of_peft_is_loaded(tiny_llama, tmp_path, rslora) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules="all-linear",
+        rank_pattern={"q_proj": 6},
+        alpha_pattern={"layers.1.self_attn.q_proj": 11},
+        use_rslora=rslora,
+        init_lora_weights=False,
+    )
+    theirs = get_peft_model(tiny_llama(), config)
+    theirs.save_pretrained(tmp_path / "a")
+    model = nf4.quantize_model(tiny_llama())
+    nf4.load_adapter(model, tmp_path / "a")
+    for name, layer in model.named_modules():
+        if isinstance(layer, nf4.LinearNF4):
+            delta = theirs.base_model.model.get_submodule(name).get_delta_weight("default")
+            torch.testing.assert_close(delta, layer.scaling * layer.lora_B @ layer.lora_A)
+    assert model.model.layers[1].self_attn.q_proj.lora_alpha == 11
+
+
+def test_adapter_of_a_single_layer_round_trips(tmp_path) -> None:
+    layer = nf4.QLoRALinear(96, 80, r=2)
+    nn.init.normal_(layer.lora_B)
+    nf4.save_adapter(layer, tmp_path / "a")
+    other = nf4.QLoRALinear(96, 80, r=2)
+    nf4.load_adapter(other, tmp_path / "a")
+    assert torch.equal(other.lora_A, layer.lora_A) and torch.equal(other.lora_B, layer.lora_B)
+
+
+def test_load_replaces_the_adapters_that_are_there(fresh, saved) -> None:
+    add_random_lora(fresh, r=4, target_modules=["up"])
+    add_random_lora(fresh, r=2, target_modules=["down"])
+    same_object = fresh.up
+    weights = load_file(saved / "adapter_model.safetensors")
+    nf4.load_adapter(fresh, saved)
+    assert fresh.up is same_object and fresh.down.r == 4
+    assert torch.equal(fresh.up.lora_A, weights["base_model.model.up.lora_A.weight"])
+
+
+def test_load_removes_adapters_the_file_does_not_have(block, tmp_path) -> None:
+    model = add_random_lora(nf4.quantize_model(block), r=4, target_modules=["up"])
+    nf4.save_adapter(model, tmp_path / "a")
+    nf4.add_lora(model, r=2, target_modules=["down"])
+    nf4.load_adapter(model, tmp_path / "a")
+    assert type(model.down) is nf4.LinearNF4 and type(model.up) is nf4.QLoRALinear
+
+
+def test_save_leaves_nothing_when_it_fails(block, tmp_path, monkeypatch) -> None:
+    model = add_random_lora(nf4.quantize_model(block), r=4)
+
+    def full_disk(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("nf4.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        nf4.save_adapter(model, tmp_path / "new" / "adapter")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def edit_config(folder, **changes) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_tensors(folder, change) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def truncate(folder) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+UP_A = "base_model.model.up.lora_A.weight"
+BAD_FILES = {
+    "no_folder": (lambda f: f.rename(f.with_name("gone")), FileNotFoundError, "does not exist"),
+    "no_weights": (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        FileNotFoundError,
+        "expected a folder with adapter_model.safetensors",
+    ),
+    "truncated": (truncate, ValueError, "adapter_model.safetensors: expected a safetensors file"),
+    "not_safetensors": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b"PK\x03\x04 pickle"),
+        ValueError,
+        "expected a safetensors file",
+    ),
+    "config_cut": (
+        lambda f: (f / "adapter_config.json").write_text('{"r": 4,'),
+        ValueError,
+        "adapter_config.json: expected JSON",
+    ),
+    "config_list": (
+        lambda f: (f / "adapter_config.json").write_text("[]"),
+        ValueError,
+        "expected peft_type 'LORA', got 'list'",
+    ),
+    "ia3": (lambda f: edit_config(f, peft_type="IA3"), ValueError, "'LORA', got 'IA3'"),
+    "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "plain LoRA .*use_dora=True"),
+    "bias": (lambda f: edit_config(f, bias="all"), ValueError, "bias='all'"),
+    "r": (lambda f: edit_config(f, r=0), ValueError, "r: expected an int of at least 1, got 0"),
+    "r_none": (lambda f: edit_config(f, r=None), ValueError, "r: expected an int, got NoneType"),
+    "dropout": (lambda f: edit_config(f, lora_dropout=3), ValueError, "lora_dropout: expected"),
+    "other_model": (
+        lambda f: edit_tensors(f, lambda t: t.update({UP_A.replace("up", "q"): t.pop(UP_A)})),
+        ValueError,
+        "expected lora_A and lora_B, got only one",
+    ),
+    "unknown_layer": (
+        lambda f: edit_tensors(
+            f, lambda t: [t.update({k.replace(".up.", ".q."): t.pop(k)}) for k in list(t)]
+        ),
+        ValueError,
+        "got one of 'q', which it does not have",
+    ),
+    "dense_layer": (
+        lambda f: edit_tensors(
+            f, lambda t: [t.update({k.replace(".up.", ".lm_head."): t.pop(k)}) for k in list(t)]
+        ),
+        ValueError,
+        "'lm_head', which it does not have",
+    ),
+    "shape": (
+        lambda f: edit_tensors(f, lambda t: t.update({UP_A: torch.zeros(4, 95)})),
+        ValueError,
+        r"up: expected lora_A and lora_B of shapes \(4, 96\) and \(160, 4\), got \(4, 95\)",
+    ),
+    "dtype": (
+        lambda f: edit_tensors(f, lambda t: t.update({UP_A: torch.zeros(4, 96).int()})),
+        ValueError,
+        "up.lora_A.weight', torch.int32",
+    ),
+    "extra_tensor": (
+        lambda f: edit_tensors(f, lambda t: t.update({"wte.weight": torch.zeros(4, 96)})),
+        ValueError,
+        "expected matrices called .*, got 'wte.weight'",
+    ),
+    "empty": (lambda f: edit_tensors(f, lambda t: t.clear()), ValueError, "got none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_adapter_is_refused_and_the_model_untouched(fresh, saved, case) -> None:
+    spoil, kind, message = BAD_FILES[case]
+    spoil(saved)
+    before, modules = snapshot(fresh), {n: id(m) for n, m in fresh.named_modules()}
+    with pytest.raises(kind, match=message):
+        nf4.load_adapter(fresh, saved)
+    assert snapshot(fresh) == before
+    assert {n: id(m) for n, m in fresh.named_modules()} == modules
+    assert any(p.requires_grad for p in fresh.parameters()), "still trainable, as before"
+
+
+def test_save_refuses_an_existing_folder(block, saved) -> None:
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+    with pytest.raises(FileExistsError, match="expected a folder that does not exist yet"):
+        nf4.save_adapter(block, saved)
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+def test_save_refuses_what_peft_cannot_describe(block, tmp_path) -> None:
+    model = nf4.quantize_model(block)
+    with pytest.raises(ValueError, match="expected QLoRALinear layers"):
+        nf4.save_adapter(model, tmp_path / "a")
+    nf4.add_lora(model, r=4, target_modules=["up"], lora_dropout=0.1)
+    nf4.add_lora(model, r=4, target_modules=["down"])
+    with pytest.raises(ValueError, match="lora_dropout: expected one value for all adapters"):
+        nf4.save_adapter(model, tmp_path / "a")
+    with pytest.raises(TypeError, match="got dict"):
+        nf4.save_adapter({}, tmp_path / "a")
+    with pytest.raises(TypeError, match="got dict"):
+        nf4.load_adapter({}, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,207 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import nf4
+
+
+def test_quantize_model_replaces_all_linears_but_the_skipped(block) -> None:
+    dense = copy.deepcopy(block)
+    model = nf4.quantize_model(block)
+    assert model is block
+    assert type(model.up) is type(model.down) is nf4.LinearNF4
+    assert type(model.lm_head) is nn.Linear
+    assert torch.equal(model.up.weight.packed, nf4.quantize(dense.up.weight).packed)
+    x = torch.randn(4, 96)
+    assert (model(x) - dense(x)).norm() < 0.2 * dense(x).norm()
+
+
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [
+        ((), set()),
+        (("1",), {"0.1", "1.0", "1.1"}),
+        (("1.0",), {"1.0"}),
+        (["0"], {"0.0", "0.1", "1.0"}),
+    ],
+    ids=str,
+)
+def test_quantize_model_skips_by_name_or_last_parts(skip, left) -> None:
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)])
+    nf4.quantize_model(model, skip_modules=skip)
+    assert {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} == left
+
+
+def test_quantize_model_of_a_linear_returns_the_layer() -> None:
+    assert isinstance(nf4.quantize_model(nn.Linear(8, 8)), nf4.LinearNF4)
+
+
+def test_quantize_model_keeps_a_shared_layer_shared() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(8, 8)})
+    counts = []
+    nf4.quantize_model(model, progress=lambda done, total: counts.append((done, total)))
+    assert model["a"] is model["b"] and model["a"] is not model["c"]
+    assert counts == [(1, 2), (2, 2)]
+
+
+def test_quantize_model_frees_dense_weights_one_by_one() -> None:
+    import weakref
+
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+    weights = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+    nf4.quantize_model(
+        model, progress=lambda *_: alive.append(sum(w() is not None for w in weights))
+    )
+    assert alive[-1] <= 1 and alive == sorted(alive, reverse=True)
+
+
+def test_quantize_model_on_meta_then_loads() -> None:
+    source = nf4.quantize_model(nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8)))
+    with torch.device("meta"):
+        target = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8))
+    nf4.quantize_model(target)
+    target.load_state_dict(source.state_dict(), strict=True, assign=True)
+    x = torch.randn(3, 64)
+    assert torch.equal(target(x), source(x))
+
+
+def test_quantize_model_leaves_torch_s_transformer_working() -> None:
+    """Its fast path and its attention read weights instead of calling the layers."""
+    torch.use_deterministic_algorithms(False)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 5, 32)
+    dense = layer(x)
+    nf4.quantize_model(layer)
+    with torch.no_grad():
+        y = layer(x)
+    assert isinstance(layer.linear1, nf4.LinearNF4)
+    assert (y - dense).norm() < 0.2 * dense.norm()
+
+
+def test_quantize_model_names_the_bad_layer_and_changes_nothing(block) -> None:
+    block.down.weight.data[3, 4] = torch.nan
+    before = {n: id(m) for n, m in block.named_modules()}
+    with pytest.raises(ValueError, match="down.weight: expected finite values"):
+        nf4.quantize_model(block)
+    assert {n: id(m) for n, m in block.named_modules()} == before
+    with pytest.raises(TypeError, match="up.weight: expected dtype float32"):
+        nf4.quantize_model(block.double())
+
+
+def test_add_lora_freezes_all_but_the_adapters(block) -> None:
+    model = nf4.quantize_model(block)
+    x = torch.randn(4, 96)
+    base = model(x)
+    packed = model.up.packed
+    assert nf4.add_lora(model, r=4, lora_alpha=8, lora_dropout=0.1) is model
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable == ["up.lora_A", "up.lora_B", "down.lora_A", "down.lora_B"]
+    assert torch.equal(model(x), base)
+    assert model.up.packed.data_ptr() == packed.data_ptr(), "the weight is shared, not copied"
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", {"up", "down"}),
+        (["up"], {"up"}),
+        (("down", "up"), {"up", "down"}),
+        ("(u|x)p", {"up"}),
+    ],
+    ids=str,
+)
+def test_add_lora_targets_as_peft_does(block, targets, expected) -> None:
+    model = nf4.add_lora(nf4.quantize_model(block), target_modules=targets)
+    found = {n for n, m in model.named_modules() if isinstance(m, nf4.QLoRALinear)}
+    assert found == expected
+
+
+def test_add_lora_in_two_steps_keeps_the_first_trainable(block) -> None:
+    model = nf4.quantize_model(block)
+    nf4.add_lora(model, r=2, target_modules=["up"])
+    nf4.add_lora(model, r=8, target_modules=["down"])
+    assert (model.up.r, model.down.r) == (2, 8)
+    assert model.up.lora_A.requires_grad and model.down.lora_A.requires_grad
+
+
+def test_merge_gives_plain_linears_with_the_adapters_folded_in(block) -> None:
+    model = nf4.add_lora(nf4.quantize_model(block), r=4, target_modules=["up"])
+    nn.init.normal_(model.up.lora_B, std=0.02)
+    x = torch.randn(4, 96)
+    y = model(x)
+    assert nf4.merge(model) is model
+    assert type(model.up) is type(model.down) is nn.Linear
+    torch.testing.assert_close(model(x), y)
+    assert [m for m in model.modules() if isinstance(m, nf4.LinearNF4)] == []
+
+
+def test_quantized_model_trains(block) -> None:
+    model = nf4.add_lora(nf4.quantize_model(block), r=4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    x, target = torch.randn(32, 96), torch.randint(50, (32,))
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model(x), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def quantized() -> nn.Module:
+    return nf4.quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), skip_modules=["1"])
+
+
+BAD = {
+    "model": (lambda: nf4.quantize_model("gpt2"), TypeError, "model: expected a torch.nn.Module"),
+    "no_linear": (
+        lambda: nf4.quantize_model(nn.Sequential(nn.ReLU())),
+        ValueError,
+        "expected at least one nn.Linear or Conv1D to quantize, found none in Sequential",
+    ),
+    "skip_string": (
+        lambda: nf4.quantize_model(nn.Linear(8, 8), skip_modules="lm_head"),
+        TypeError,
+        "skip_modules: expected a list of names, got the string 'lm_head'",
+    ),
+    "block_size": (lambda: nf4.quantize_model(nn.Linear(8, 8), block_size=3), ValueError, "got 3"),
+    "lora_model": (lambda: nf4.add_lora(None), TypeError, "expected a torch.nn.Module, got None"),
+    "lora_r": (lambda: nf4.add_lora(quantized(), r=0), ValueError, "r: expected"),
+    "lora_dropout": (lambda: nf4.add_lora(quantized(), lora_dropout=1.5), ValueError, "got 1.5"),
+    "lora_no_match": (
+        lambda: nf4.add_lora(quantized(), target_modules=["q_proj"]),
+        ValueError,
+        r"target_modules: .*\['q_proj'\] matches none; the model has 0",
+    ),
+    "lora_not_quantized": (
+        lambda: nf4.add_lora(nn.Linear(8, 8)),
+        ValueError,
+        "no LinearNF4 .run nf4.quantize_model first",
+    ),
+    "lora_dense_target": (
+        lambda: nf4.add_lora(quantized(), target_modules=["1"]),
+        TypeError,
+        "1: expected a LinearNF4 .*, got Linear",
+    ),
+    "lora_twice": (
+        lambda: nf4.add_lora(nf4.add_lora(quantized(), r=3)),
+        ValueError,
+        "0: expected a layer without adapter, got one with r=3",
+    ),
+    "merge_dense": (lambda: nf4.merge(nn.Linear(8, 8)), ValueError, "expected LinearNF4 layers"),
+    "merge_model": (lambda: nf4.merge(3), TypeError, "expected a torch.nn.Module, got int"),
+    "model_error_none": (lambda: nf4.model_error(nn.ReLU()), ValueError, "found none in ReLU"),
+    "model_error_model": (lambda: nf4.model_error("x"), TypeError, "got str"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_conversion_rejects(case) -> None:
+    call, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        call()

@@ -1,0 +1,133 @@
+"""nf4.linear, the operator: values, gradients, what is kept, compilation."""
+
+import pytest
+import torch
+from torch.nn.functional import linear as dense_linear
+
+import nf4
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 96), (2, 3, 96), (96,), (0, 96), (1, 96)], ids=str)
+def test_linear_is_as_exact_as_torch(shape, dtype) -> None:
+    q = nf4.quantize(torch.randn(80, 96).to(dtype))
+    x, bias = torch.randn(shape).to(dtype), torch.randn(80).to(dtype)
+    w = nf4.dequantize(q)
+    y = nf4.linear(x, q, bias)
+    assert y.dtype == dtype and y.shape == (*shape[:-1], 80)
+    exact = dense_linear(x.double(), w.double(), bias.double())
+    theirs = relative_error(dense_linear(x, w, bias), exact) if x.numel() else 0
+    assert relative_error(y, exact) <= 2 * theirs or not x.numel()
+
+
+@pytest.mark.parametrize("shape", [(80, 96), (7, 33), (96, 1), (1, 64)], ids=str)
+@pytest.mark.parametrize("block_size", [32, 4096])
+def test_linear_takes_any_weight_shape(shape, block_size) -> None:
+    q = nf4.quantize(torch.randn(shape), block_size)
+    x = torch.randn(5, shape[1])
+    torch.testing.assert_close(nf4.linear(x, q), x @ nf4.dequantize(q).T)
+
+
+def test_linear_gradcheck_in_float64() -> None:
+    q = nf4.quantize(torch.randn(12, 34))
+    x = torch.randn(2, 3, 34, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, b: nf4.linear(x, q, b), (x, bias))
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=str)
+def test_linear_gives_gradients_only_where_asked(needs) -> None:
+    q = nf4.quantize(torch.randn(12, 34))
+    x, bias = torch.randn(5, 34, requires_grad=needs[0]), torch.randn(12, requires_grad=needs[1])
+    nf4.linear(x, q, bias).square().sum().backward()
+    assert (x.grad is not None, bias.grad is not None) == needs
+    assert all(t.grad is None for t in q.tensors())
+
+
+def test_linear_keeps_only_the_quantized_weight() -> None:
+    q = nf4.quantize(torch.randn(256, 256))
+    x = torch.randn(4, 256, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        nf4.linear(x, q)
+    assert sum(t.nbytes for t in saved) == q.nbytes
+
+
+def test_linear_refuses_a_second_derivative() -> None:
+    q = nf4.quantize(torch.randn(12, 34))
+    x = torch.randn(5, 34, requires_grad=True)
+    y = nf4.linear(x, q).square().sum()
+    (grad,) = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="gradient of a gradient"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("needs_bias", [False, True])
+def test_linear_autocast_equals_casting_by_hand(needs_bias) -> None:
+    q = nf4.quantize(torch.randn(12, 64))
+    x = torch.randn(5, 64, requires_grad=True)
+    by_hand = x.detach().bfloat16().requires_grad_()
+    bias = torch.randn(12) if needs_bias else None
+    with torch.autocast("cpu", torch.bfloat16):
+        y = nf4.linear(x, q, bias)
+    expected = nf4.linear(by_hand, q, bias)
+    y.sum().backward()
+    expected.sum().backward()
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    assert x.grad.dtype == torch.float32 and torch.equal(x.grad, by_hand.grad.float())
+
+
+def test_linear_autocast_leaves_float64_alone() -> None:
+    q = nf4.quantize(torch.randn(12, 64))
+    x = torch.randn(5, 64, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nf4.linear(x, q).dtype == torch.float64
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_linear_and_dequantize_pass_opcheck(double_quant) -> None:
+    w = torch.randn(12, 64)
+    q = nf4.quantize(w, 32, double_quant)
+    parts = (q.packed, q.absmax, q.absmax2, q.offset)
+    x, bias = torch.randn(5, 64, requires_grad=True), torch.randn(12, requires_grad=True)
+    torch.use_deterministic_algorithms(False)
+    opcheck, ops = torch.library.opcheck, torch.ops.nf4
+    opcheck(ops.quantize.default, (w, 32))
+    opcheck(ops.quantize_absmax.default, (torch.rand(300),))
+    opcheck(ops.dequantize.default, (*parts, [12, 64], 32, torch.bfloat16))
+    opcheck(ops.linear.default, (x, *parts, bias, 12, 32))
+    opcheck(ops.linear_backward.default, (torch.randn(5, 12), *parts, 64, 32))
+
+
+def test_linear_compiles_without_graph_breaks_and_with_changing_batches() -> None:
+    q = nf4.quantize(torch.randn(12, 64))
+    compiled = torch.compile(lambda x, b: nf4.linear(x, q, b).relu(), fullgraph=True, dynamic=True)
+    bias = torch.randn(12, requires_grad=True)
+    for rows in (3, 8, 17):
+        x = torch.randn(rows, 64, requires_grad=True)
+        y = compiled(x, bias)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        expected = nf4.linear(x, q, bias).relu()
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
+
+
+def test_quantize_and_dequantize_compile_without_graph_breaks() -> None:
+    @torch.compile(fullgraph=True)
+    def round_trip(w: torch.Tensor) -> torch.Tensor:
+        return nf4.dequantize(nf4.quantize(w, 128)) * 2
+
+    w = torch.randn(33, 65)
+    assert torch.equal(round_trip(w), nf4.dequantize(nf4.quantize(w, 128)) * 2)
+
+
+def test_linear_on_meta_gives_the_shape() -> None:
+    q = nf4.quantize(torch.empty(12, 64, device="meta"))
+    assert nf4.linear(torch.empty(3, 5, 64, device="meta"), q).shape == (3, 5, 12)
+    assert nf4.dequantize(q, torch.float16).dtype == torch.float16
