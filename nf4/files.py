@@ -1,0 +1,39 @@
+"""Write whole folders or nothing."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_new(path: str | os.PathLike[str], name: str) -> Path:
+    """Return path, or raise FileExistsError if there is anything at it."""
+    path = Path(path)
+    if os.path.lexists(path):
+        raise FileExistsError(f"{name}: expected a folder that does not exist yet, {path} does")
+    return path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside path, and rename it to path if the block ends well.
+
+    If the block raises, the folder is removed. Folders above path are made as needed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield beside
+        beside.chmod(0o777 & ~_umask())
+        os.rename(beside, path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
