@@ -46,11 +46,13 @@ def derive_nf4_levels() -> Tensor:
     from scipy.stats import norm
 
     # The probabilities are rounded to fp32 before the quantile, as when the levels were published.
-    offset = 0.9677083
-    positive = norm.ppf(torch.linspace(offset, 0.5, 9)[:-1].double().numpy())
-    negative = -norm.ppf(torch.linspace(offset, 0.5, 8)[:-1].double().numpy())
-    quantiles = sorted([*positive.tolist(), 0.0, *negative.tolist()])
-    levels = torch.tensor(quantiles, dtype=torch.float32)
+    offset, cpu, fp32 = 0.9677083, torch.device("cpu"), torch.float32
+    positive, negative = (
+        norm.ppf(torch.linspace(offset, 0.5, n, dtype=fp32, device=cpu)[:-1].double().numpy())
+        for n in (9, 8)
+    )
+    quantiles = sorted([*positive.tolist(), 0.0, *(-negative).tolist()])
+    levels = torch.tensor(quantiles, dtype=fp32, device=cpu)
     return levels / levels.max()
 
 
@@ -77,9 +79,10 @@ def nf4_byte_levels(device: torch.device) -> Tensor:
 @lru_cache
 def absmax_map(device: torch.device) -> Tensor:
     """Return the map from 8-bit scale codes to [-1, 1] as float32 ``[256]``, ascending."""
-    values = [torch.tensor([0.0, 1.0])]
+    cpu = torch.device("cpu")
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device=cpu)]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device=cpu)
         middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)
         values += [middles, -middles]
     return torch.cat(values).sort().values.to(device)

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from nf4.functional import check_block_size, check_weight
-from nf4.linear import LinearNF4, QLoRALinear, check_lora_options, dense_weight, is_conv1d
+from nf4.linear import (
+    LinearNF4,
+    QLoRALinear,
+    check_lora_options,
+    dense_weight,
+    is_conv1d,
+    is_linear,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -25,8 +32,9 @@ def quantize_model(
 ) -> Model:
     """Replace every linear layer of a model by a `LinearNF4`, in place.
 
-    ``torch.nn.Linear`` and transformers' ``Conv1D`` are replaced. Dense weights are freed one by
-    one, so that the memory needed beyond the model is one layer's.
+    ``torch.nn.Linear`` and transformers' ``Conv1D`` are replaced; subclasses with a forward of
+    their own stay, and so do layers that ``torch.nn.MultiheadAttention`` reads instead of calling.
+    Dense weights are freed one by one: the memory needed beyond the model is one layer's.
 
     Args:
         model: any module; changed in place, and only after every layer has been checked.
@@ -41,24 +49,31 @@ def quantize_model(
 
     Raises:
         TypeError: model is no module, or a weight has an unsupported dtype.
-        ValueError: block_size is not supported, no linear layer is found, or a weight holds NaN or
-            an infinity; the message names the layer.
+        ValueError: block_size is not supported, no linear layer is found, the model has PEFT's
+            adapters, or a weight holds NaN or an infinity; the message names the layer.
     """
-    _check_model(model)
+    check_model(model)
     block_size = check_block_size(block_size)
+    skip_modules = check_names(skip_modules, "skip_modules")
+    wrapped = [m for m in model.modules() if type(m).__module__.startswith("peft.")]
+    if wrapped:
+        raise ValueError(
+            f"model: expected a model without adapters, got PEFT's {type(wrapped[0]).__name__}; "
+            "quantize the base model first, then add adapters with nf4.add_lora"
+        )
     layers = dense_layers(model, skip_modules)
     if not layers:
         raise ValueError(
             f"model: expected at least one nn.Linear or Conv1D to quantize, found none in "
-            f"{type(model).__name__} (skip_modules={tuple(skip_modules)})"
+            f"{type(model).__name__} (skip_modules={skip_modules})"
         )
     for name, layer in layers.items():
-        _check_layer(name, layer)
+        check_layer(name, layer)
 
     def convert(layer: nn.Module) -> LinearNF4:
         return LinearNF4.from_linear(layer, block_size=block_size, double_quant=double_quant)
 
-    return _replace(model, layers, convert, progress)
+    return replace_layers(model, layers, convert, progress)
 
 
 def add_lora(
@@ -88,7 +103,7 @@ def add_lora(
         ValueError: no module matches target_modules, a target has an adapter already, or an option
             is out of range.
     """
-    _check_model(model)
+    check_model(model)
     check_lora_options(r, lora_alpha, lora_dropout)
     targets = _match_targets(model, target_modules)
     freeze_base(model)
@@ -103,7 +118,7 @@ def add_lora(
             use_rslora=use_rslora,
         ).train(layer.training)
 
-    return _replace(model, targets, convert)
+    return replace_layers(model, targets, convert)
 
 
 def merge(model: Model) -> Model:
@@ -122,25 +137,26 @@ def merge(model: Model) -> Model:
         TypeError: model is no module.
         ValueError: the model has no quantized layer.
     """
-    _check_model(model)
+    check_model(model)
     layers = quantized_layers(model)
     if not layers:
         raise ValueError(f"model: expected LinearNF4 layers, found none in {type(model).__name__}")
 
-    return _replace(model, layers, lambda layer: layer.to_linear())
+    return replace_layers(model, layers, lambda layer: layer.to_linear())
 
 
 def dense_layers(model: nn.Module, skip_modules: Iterable[str]) -> dict[str, nn.Module]:
     """Return the layers `quantize_model` would replace, by name."""
-    if isinstance(skip_modules, str):
-        raise TypeError(f"skip_modules: expected a list of names, got the string {skip_modules!r}")
-    skip = tuple(skip_modules)
+    skip = check_names(skip_modules, "skip_modules")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    skipped = {id(module) for name, module in modules.items() if _is_below(name, skip)}
     return {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if (isinstance(module, nn.Linear) or is_conv1d(module))
+        for name, module in modules.items()
+        if (is_linear(module) or is_conv1d(module))
         and not isinstance(module, _READ_BY_ATTENTION)
-        and not _is_below(name, skip)
+        and module.weight.numel()
+        and id(module) not in skipped
     }
 
 
@@ -162,16 +178,33 @@ def freeze_base(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError unless model is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _check_layer(name: str, layer: nn.Module) -> None:
+def check_layer(name: str, layer: nn.Module) -> None:
+    """Raise TypeError or ValueError, naming the layer, unless its weight can be quantized."""
     weight = dense_weight(layer).detach()
     check_weight(weight, f"{name}.weight")
-    if weight.device.type != "meta" and not all(m.isfinite() for m in torch.aminmax(weight)):
+    if weight.is_meta or not weight.numel():
+        return
+    if not all(m.isfinite() for m in torch.aminmax(weight)):
         raise ValueError(f"{name}.weight: expected finite values, got NaN or an infinity")
+
+
+def check_names(names: Iterable[str], name: str) -> tuple[str, ...]:
+    """Return names as a tuple, or raise TypeError unless they are a list of strings."""
+    if isinstance(names, str):
+        raise TypeError(f"{name}: expected a list of names, got the string {names!r}")
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{name}: expected a list of names, got {type(names).__name__}")
+    found = tuple(names)
+    for one in found:
+        if not isinstance(one, str):
+            raise TypeError(f"{name}: expected names, got {one!r}")
+    return found
 
 
 def _is_below(name: str, suffixes: Iterable[str]) -> bool:
@@ -191,9 +224,15 @@ def _match_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     else:
         modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
         if isinstance(targets, str):
-            matched = {n: m for n, m in modules.items() if re.fullmatch(targets, n)}
+            try:
+                pattern = re.compile(targets)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules: expected a regular expression, got {targets!r}: {error}"
+                ) from error
+            matched = {n: m for n, m in modules.items() if pattern.fullmatch(n)}
         else:
-            targets = list(targets)
+            targets = list(check_names(targets, "target_modules"))
             ends = tuple(f".{t}" for t in targets)
             matched = {n: m for n, m in modules.items() if n in targets or n.endswith(ends)}
     if not matched:
@@ -210,21 +249,35 @@ def _match_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
                 f"{name}: expected a LinearNF4 (nf4.quantize_model makes them), "
                 f"got {type(module).__name__}"
             )
-    return {name: layers[name] for name in matched}
+    objects = {id(module) for module in matched.values()}
+    return {name: layer for name, layer in layers.items() if id(layer) in objects}
 
 
-def _replace(
+def replace_layers(
     model: Model,
     layers: dict[str, Layer],
     convert: Callable[[Layer], nn.Module],
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """Replace the named layers; a layer that has several names stays one layer."""
+    """Replace the named layers, which leave the dict one by one, and return the model.
+
+    A layer that has several names stays one layer. Forward and backward hooks go with it.
+    """
     names: dict[int, list[str]] = {}
     for name, layer in layers.items():
+        if "forward" in vars(layer):
+            raise ValueError(
+                f"{name}: expected a layer with the forward of its class, got one of its own"
+                " (an offloading hook, for example); remove it first"
+            )
         names.setdefault(id(layer), []).append(name)
     for done, group in enumerate(names.values(), start=1):
-        new = convert([layers.pop(name) for name in group][0])
+        old = [layers.pop(name) for name in group][0]
+        new = convert(old)
+        for hooks in (h for h in vars(old) if h.endswith(("_hooks", "_hooks_with_kwargs"))):
+            if new is not old and not hooks.startswith(("_state_dict", "_load_state_dict")):
+                setattr(new, hooks, getattr(old, hooks))
+        del old
         for name in group:
             parent, _, child = name.rpartition(".")
             if child:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nf4.convert import dense_layers
+from nf4.convert import check_layer, check_model, dense_layers
 from nf4.functional import check_weight, dequantize, quantize
 from nf4.linear import dense_weight
 from nf4.tensor import NF4Tensor, check_nf4
@@ -43,22 +43,30 @@ def quantization_error(w: Tensor, q: NF4Tensor) -> QuantizationError:
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: the shapes differ.
+        ValueError: the shapes or devices differ, or w holds NaN or an infinity.
     """
     check_weight(w, "w")
     check_nf4(q)
     if w.shape != q.shape:
         raise ValueError(f"w: expected shape {tuple(q.shape)} like q, got {tuple(w.shape)}")
+    if w.device != q.device:
+        raise ValueError(f"w: expected device {q.device} like q, got {w.device}")
     if w.numel() == 0:
         return QuantizationError(0.0, 0.0, 0.0, 0.0, 0.0, math.inf)
     wide = w.detach().float()
-    diff = dequantize(q, torch.float32).sub_(wide).abs_()
-    mae, max_abs = diff.mean(dtype=torch.float64).item(), diff.max().item()
-    mse = diff.square_().mean(dtype=torch.float64).item()
-    power = wide.square().mean(dtype=torch.float64).item()
-    relative = math.sqrt(mse / power) if power else 0.0
+    largest = wide.abs().max().item()
+    if not math.isfinite(largest):
+        raise ValueError("w: expected finite values, got NaN or an infinity")
+    # Taken to a largest value near 1 by a power of two, exactly: squares stay in the range of fp32.
+    unit = 2.0 ** min(max(math.frexp(largest)[1], -126), 126)
+    diff = dequantize(q, torch.float32).sub_(wide).abs_().mul_(1 / unit)
+    mae, max_abs = diff.mean(dtype=torch.float64).item() * unit, diff.max().item() * unit
+    noise = diff.square_().mean(dtype=torch.float64).item()
+    power = (wide * (1 / unit)).square_().mean(dtype=torch.float64).item()
+    relative = math.sqrt(noise / power) if power else 0.0
     sqnr_db = -20 * math.log10(relative) if relative else math.inf
-    return QuantizationError(mse, math.sqrt(mse), mae, max_abs, relative, sqnr_db)
+    rmse = math.sqrt(noise) * unit
+    return QuantizationError(rmse**2, rmse, mae, max_abs, relative, sqnr_db)
 
 
 @dataclass(frozen=True)
@@ -95,11 +103,11 @@ def model_error(
         double_quant: quantize the scales to 8 bits too.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: the model has no dense linear layer.
+        TypeError: model is no module, or a weight has an unsupported dtype.
+        ValueError: the model has no dense linear layer, block_size is not supported, or a weight is
+            on meta or holds NaN or an infinity; the message names the layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     layers = dense_layers(model, skip_modules)
     if not layers:
         raise ValueError(
@@ -107,7 +115,10 @@ def model_error(
         )
     rows = []
     for name, layer in layers.items():
+        check_layer(name, layer)
         w = dense_weight(layer)
+        if w.is_meta:
+            raise ValueError(f"{name}.weight: expected values to measure, got a meta tensor")
         q = quantize(w, block_size, double_quant)
         kind = name.rpartition(".")[2]
         error = quantization_error(w, q)
@@ -137,13 +148,16 @@ def perplexity(
         raise ValueError(
             f"windows: expected shape (windows, T) with T ≥ 2, got {tuple(windows.shape)}"
         )
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     total = 0.0
-    for done, window in enumerate(windows, start=1):
-        logits = model(window[None]).logits[0, :-1].float()
-        total += nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
-        if progress is not None:
-            progress(done, len(windows))
-    model.train(training)
+    try:
+        for done, window in enumerate(windows, start=1):
+            logits = model(window[None]).logits[0, :-1].float()
+            total += nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+            if progress is not None:
+                progress(done, len(windows))
+    finally:
+        for module in training:
+            module.training = True
     return math.exp(total / (windows.numel() - len(windows)))

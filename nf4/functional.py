@@ -3,10 +3,12 @@
 What they compute, and how gradients flow, is registered in `nf4.operators`.
 """
 
+import math
 import operator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nf4 import operators as _operators  # noqa: F401  (registers torch.ops.nf4)
 from nf4.codebook import BLOCK_SIZES
@@ -35,6 +37,8 @@ def quantize(w: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4T
     """
     check_weight(w, "w")
     block_size = check_block_size(block_size)
+    if not isinstance(double_quant, bool):
+        raise TypeError(f"double_quant: expected a bool, got {type(double_quant).__name__}")
     w = w.detach()
     packed, absmax = torch.ops.nf4.quantize(w, block_size)
     packed = packed.view(packed_shape(w.shape))
@@ -85,6 +89,7 @@ def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: shapes or devices do not fit together.
     """
     _check_linear(x, q, bias)
+    _check_no_tangent(x, bias)
     x = _autocast(x)
     y: Tensor = torch.ops.nf4.linear(
         x, q.packed, q.absmax, q.absmax2, q.offset, bias, q.shape[0], q.block_size
@@ -129,16 +134,17 @@ def lora_linear(
     """
     _check_linear(x, q, bias)
     _check_lora(x, q, lora_A, lora_B, scaling)
+    _check_no_tangent(x, bias, lora_A, lora_B)
     check_dropout(dropout_p, "dropout_p")
+    if seed is not None:
+        _check_seed(seed, q)
     if dropout_p == 0:
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
-    elif not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim:
-        raise TypeError(f"seed: expected an int64 tensor of shape (), got {seed!r}")
     x = _autocast(x)
     y, _ = torch.ops.nf4.lora_linear(
-        x.reshape(-1, x.shape[-1]),
+        x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
         q.packed,
         q.absmax,
         q.absmax2,
@@ -194,11 +200,23 @@ def _check_floating(tensor: Tensor, name: str, q: NF4Tensor) -> None:
         )
 
 
+def _check_seed(seed: Tensor, q: NF4Tensor) -> None:
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        raise TypeError(f"seed: expected an int64 tensor, got {getattr(seed, 'dtype', seed)!r}")
+    if seed.ndim or seed.device != q.packed.device:
+        raise ValueError(
+            f"seed: expected shape () on {q.packed.device}, where the weight is, "
+            f"got {tuple(seed.shape)} on {seed.device}"
+        )
+
+
 def _check_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> None:
     check_nf4(q)
     if q.ndim != 2:
         raise ValueError(f"q: expected a quantized matrix [N, K], got shape {tuple(q.shape)}")
     _check_floating(x, "x", q)
+    if x.dtype not in (*DTYPES, torch.float64):
+        raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] != q.shape[1]:
         raise ValueError(
             f"x: expected shape (..., {q.shape[1]}) for a weight {tuple(q.shape)}, "
@@ -222,6 +240,19 @@ def _check_lora(x: Tensor, q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, scaling
         )
     if isinstance(scaling, bool) or not isinstance(scaling, int | float):
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+
+
+def _check_no_tangent(*tensors: Tensor | None) -> None:
+    """Refuse forward-mode differentiation, which would take the operators for constants."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "nf4: forward-mode differentiation is not implemented; use backward"
+            )
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from nf4.functional import (
     lora_linear,
     quantize,
 )
-from nf4.tensor import DTYPES, NF4Tensor
+from nf4.tensor import NF4Tensor, check_nf4
 
 _FROZEN = ("packed", "absmax", "absmax2", "offset")
 
@@ -26,14 +26,20 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Return whether module is a ``torch.nn.Linear`` that computes as one."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight ``[out_features, in_features]`` of an nn.Linear or transformers' Conv1D.
 
     Raises:
-        TypeError: module is of another kind.
+        TypeError: module is of another kind, or a subclass with a forward of its own.
     """
-    if isinstance(module, nn.Linear):
-        return module.weight
+    if is_linear(module):
+        linear_weight: Tensor = module.weight  # type: ignore[assignment]
+        return linear_weight
     if is_conv1d(module):
         weight: Tensor = module.weight  # type: ignore[assignment]
         return weight.T
@@ -54,10 +60,10 @@ class LinearNF4(nn.Module):
         in_features: size of each input.
         out_features: size of each output.
         bias: whether the layer adds a trainable bias.
-        block_size: elements that share one scale, a power of two from 32 to 4096.
-        double_quant: quantize the scales to 8 bits too.
         device: where to make the weight, by default as torch does.
         dtype: dtype of the bias and of the dequantized weight, by default torch's default dtype.
+        block_size: elements that share one scale, a power of two from 32 to 4096.
+        double_quant: quantize the scales to 8 bits too.
 
     The weight is initialized as by ``torch.nn.Linear`` and quantized; `from_linear` takes one that
     exists.
@@ -78,22 +84,24 @@ class LinearNF4(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         block_size: int = 64,
         double_quant: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {size!r}")
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
+            if size < 1:
+                raise ValueError(f"{name}: expected an int of at least 1, got {size}")
         self.in_features, self.out_features = in_features, out_features
         w = torch.empty(out_features, in_features, device=device, dtype=dtype)
         check_weight(w, "dtype")
         nn.init.kaiming_uniform_(w, a=math.sqrt(5))
         self._set_weight(quantize(w, check_block_size(block_size), double_quant))
-        self.bias = None
+        self.register_parameter("bias", None)
         if bias:
             bound = 1 / math.sqrt(in_features)
             self.bias = nn.Parameter(w.new_empty(out_features).uniform_(-bound, bound))
@@ -108,10 +116,10 @@ class LinearNF4(nn.Module):
             linear: the layer; left unchanged. Its bias is shared, not copied.
             block_size: elements that share one scale.
             double_quant: quantize the scales to 8 bits too.
-            **options: what else this class takes, such as r and lora_alpha.
+            **options: of an adapter, such as r and lora_alpha.
 
         Raises:
-            TypeError: linear is of another kind.
+            TypeError: linear is of another kind, or a subclass with a forward of its own.
             ValueError: a weight is NaN or infinite.
         """
         weight = dense_weight(linear)
@@ -120,15 +128,24 @@ class LinearNF4(nn.Module):
         return layer.train(linear.training)
 
     @classmethod
-    def from_weight(cls, q: NF4Tensor, bias: nn.Parameter | None = None, **options: Any) -> Self:
+    def from_weight(cls, q: NF4Tensor, bias: Tensor | None = None, **options: Any) -> Self:
         """Make a layer around a quantized weight ``[out_features, in_features]``.
 
         Args:
             q: the weight; shared, not copied.
-            bias: parameter ``[out_features]`` or None; shared, not copied.
-            **options: what else this class takes, such as r and lora_alpha.
+            bias: floating ``[out_features]`` or None; shared, not copied.
+            **options: of an adapter, such as r and lora_alpha.
+
+        Raises:
+            TypeError: q is no NF4Tensor.
+            ValueError: q is no matrix, or bias has another shape.
         """
+        check_nf4(q)
+        if q.ndim != 2:
+            raise ValueError(f"q: expected a quantized matrix [N, K], got shape {tuple(q.shape)}")
         out_features, in_features = q.shape
+        if bias is not None and bias.shape != (out_features,):
+            raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
         layer = cls(
             in_features,
             out_features,
@@ -136,11 +153,12 @@ class LinearNF4(nn.Module):
             block_size=q.block_size,
             double_quant=q.double_quant,
             device="meta",
-            dtype=q.dtype,
+            dtype=torch.float32,
             **options,
         )
         layer._set_weight(q)
-        layer.bias = bias
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
     def _set_weight(self, q: NF4Tensor) -> None:
@@ -164,22 +182,24 @@ class LinearNF4(nn.Module):
             self.offset,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x @ W.T + bias, ``[..., out_features]`` in the dtype of x."""
-        return linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Return input @ W.T + bias, ``[..., out_features]`` in the dtype of input."""
+        return linear(input, self.weight, self.bias)
 
     def merged_weight(self) -> Tensor:
         """Return the dense weight ``[out_features, in_features]`` in `dtype`."""
         return dequantize(self.weight)
 
     def to_linear(self) -> nn.Linear:
-        """Return a ``torch.nn.Linear`` with `merged_weight`; it shares the bias."""
+        """Return a ``torch.nn.Linear`` with `merged_weight`; it shares a bias of the same dtype."""
         weight = self.merged_weight()
         dense = nn.Linear(
             self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype
         )
         dense.weight = nn.Parameter(weight)
-        if self.bias is not None:
+        if self.bias is not None and self.bias.dtype != self.dtype:
+            dense.bias = nn.Parameter(self.bias.detach().to(self.dtype))
+        elif self.bias is not None:
             dense.bias = self.bias
         return dense.train(self.training)
 
@@ -193,7 +213,7 @@ class LinearNF4(nn.Module):
 
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        if dtype in DTYPES:
+        if dtype.is_floating_point:
             self.dtype = dtype
         return self
 
@@ -205,7 +225,9 @@ class LinearNF4(nn.Module):
             new, old = state_dict.get(prefix + name), getattr(self, name)
             if new is not None and old is None:
                 errors.append(f"{prefix}{name}: expected none (double_quant=False), got one")
-            elif new is not None and (new.dtype, new.shape) != (old.dtype, old.shape):
+            elif not isinstance(new, Tensor):
+                continue  # missing, or refused by torch
+            elif (new.dtype, new.shape) != (old.dtype, old.shape):
                 errors.append(
                     f"{prefix}{name}: expected {old.dtype} {tuple(old.shape)} (block_size="
                     f"{self.block_size}, double_quant={self.double_quant}), "
@@ -234,11 +256,13 @@ class QLoRALinear(LinearNF4):
         in_features: size of each input.
         out_features: size of each output.
         bias: whether the layer adds a bias.
+        device: as for `LinearNF4`.
+        dtype: as for `LinearNF4`.
         r: rank of the adapter, at least 1.
         lora_alpha: numerator of the scaling.
         lora_dropout: probability of dropping an input of the adapter in training, in [0, 1).
         use_rslora: divide lora_alpha by sqrt(r) (https://arxiv.org/abs/2312.03732).
-        **options: block_size, double_quant, device and dtype of `LinearNF4`.
+        **options: block_size and double_quant of `LinearNF4`.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -253,6 +277,8 @@ class QLoRALinear(LinearNF4):
         in_features: int,
         out_features: int,
         bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         r: int = 16,
         lora_alpha: float = 32,
@@ -261,7 +287,7 @@ class QLoRALinear(LinearNF4):
         **options: Any,
     ) -> None:
         check_lora_options(r, lora_alpha, lora_dropout)
-        super().__init__(in_features, out_features, bias, **options)
+        super().__init__(in_features, out_features, bias, device, dtype, **options)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora = use_rslora
         self._make_adapter()
@@ -274,7 +300,7 @@ class QLoRALinear(LinearNF4):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @classmethod
-    def from_weight(cls, q: NF4Tensor, bias: nn.Parameter | None = None, **options: Any) -> Self:
+    def from_weight(cls, q: NF4Tensor, bias: Tensor | None = None, **options: Any) -> Self:
         """Make a layer with a new adapter around a quantized weight; as `LinearNF4.from_weight`."""
         layer = super().from_weight(q, bias, **options)
         layer._make_adapter()
@@ -285,10 +311,10 @@ class QLoRALinear(LinearNF4):
         """Factor of the adapter's output."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return base plus adapter, ``[..., out_features]`` in the dtype of x."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Return base plus adapter, ``[..., out_features]`` in the dtype of input."""
         return lora_linear(
-            x,
+            input,
             self.weight,
             self.lora_A,
             self.lora_B,

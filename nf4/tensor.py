@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from nf4.codebook import ABSMAX_BLOCK_SIZE
+from nf4.codebook import ABSMAX_BLOCK_SIZE, BLOCK_SIZES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -84,7 +84,8 @@ class NF4Tensor:
         return 8 * self.nbytes / max(self.numel(), 1)
 
     def to(self, device: torch.device | str | int) -> "NF4Tensor":
-        """Return the same tensor on another device."""
+        """Return the same tensor on another device; bytes and scales have no other dtype."""
+        device = torch.device(device)
         return replace(
             self,
             packed=self.packed.to(device),
@@ -121,6 +122,8 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
     """
     if not isinstance(q, NF4Tensor):
         raise TypeError(f"{name}: expected an NF4Tensor, got {type(q).__name__}")
+    if q.block_size not in BLOCK_SIZES:
+        raise ValueError(f"{name}.block_size: expected one of {BLOCK_SIZES}, got {q.block_size}")
     blocks = -(-q.numel() // q.block_size)
     parts = [("packed", q.packed, torch.uint8, packed_shape(torch.Size(q.shape)))]
     if (q.absmax2 is None) != (q.offset is None):

@@ -104,6 +104,90 @@ def test_adapter_of_a_single_layer_round_trips(tmp_path) -> None:
     assert torch.equal(other.lora_A, layer.lora_A) and torch.equal(other.lora_B, layer.lora_B)
 
 
+class Shared(nn.Module):
+    """One linear layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(64, 64)
+        self.b = self.a
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_adapter_of_a_layer_with_two_names_round_trips(tmp_path) -> None:
+    torch.manual_seed(1)
+    model = add_random_lora(nf4.quantize_model(Shared()), r=2)
+    nf4.save_adapter(model, tmp_path / "a")
+    torch.manual_seed(1)
+    other = nf4.quantize_model(Shared())
+    nf4.load_adapter(other, tmp_path / "a")
+    assert other.a is other.b
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), model(x))
+    nf4.load_adapter(model, tmp_path / "a")
+    assert model.a is model.b and torch.equal(other(x), model(x))
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    weights |= {k.replace(".a.", ".b."): v + 1 for k, v in weights.items()}
+    save_file(weights, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="b: expected the tensors of the layer's other name"):
+        nf4.load_adapter(other, tmp_path / "a")
+
+
+def test_adapter_names_leave_out_what_compile_wraps(block, tmp_path) -> None:
+    model = add_random_lora(nf4.quantize_model(block), r=2)
+    nf4.save_adapter(torch.compile(model), tmp_path / "a")
+    model.up = torch.compile(model.up)
+    nf4.save_adapter(model, tmp_path / "b")
+    keys = [set(load_file(tmp_path / f / "adapter_model.safetensors")) for f in "ab"]
+    assert keys[0] == keys[1] and UP_A in keys[0]
+    nf4.load_adapter(torch.compile(model), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["0.up", "1.up"], ["up"]),
+        (["0.up"], ["0.up"]),
+        (["0.up", "1.up", "0.down", "1.down"], ["down", "up"]),
+    ],
+    ids=str,
+)
+def test_target_modules_name_the_adapted_layers_and_no_others(block, tmp_path, paths, expected):
+    model = nf4.quantize_model(nn.Sequential(block, type(block)()))
+    nf4.add_lora(model, target_modules=paths)
+    nf4.save_adapter(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == expected
+
+
+def test_target_modules_become_a_pattern_where_a_list_says_too_much(tmp_path) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(8, 8), "x": nn.ModuleDict({"up": nn.Linear(8, 8)})})
+    nf4.add_lora(nf4.quantize_model(model), target_modules="up")
+    nf4.save_adapter(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["target_modules"] == "up"
+
+
+def test_adapter_and_meta_do_not_mix(block, saved, tmp_path) -> None:
+    with torch.device("meta"):
+        empty = nf4.quantize_model(type(block)())
+    with pytest.raises(ValueError, match="expected a layer with values, got one on meta"):
+        nf4.load_adapter(empty, saved)
+    nf4.add_lora(empty)
+    with pytest.raises(ValueError, match="expected an adapter with values, got one on meta"):
+        nf4.save_adapter(empty, tmp_path / "meta")
+
+
+def test_adapter_of_a_bare_layer_must_fit_in_place(tmp_path) -> None:
+    nf4.save_adapter(nf4.QLoRALinear(96, 80, r=2), tmp_path / "a")
+    for layer in (nf4.LinearNF4(96, 80), nf4.QLoRALinear(96, 80, r=3)):
+        with pytest.raises(ValueError, match="cannot be replaced in place"):
+            nf4.load_adapter(layer, tmp_path / "a")
+        assert layer.bias.requires_grad
+
+
 def test_load_replaces_the_adapters_that_are_there(fresh, saved) -> None:
     add_random_lora(fresh, r=4, target_modules=["up"])
     add_random_lora(fresh, r=2, target_modules=["down"])
@@ -152,6 +236,7 @@ def truncate(folder) -> None:
 
 
 UP_A = "base_model.model.up.lora_A.weight"
+UP_B = "base_model.model.up.lora_B.weight"
 BAD_FILES = {
     "no_folder": (lambda f: f.rename(f.with_name("gone")), FileNotFoundError, "does not exist"),
     "no_weights": (
@@ -203,7 +288,7 @@ BAD_FILES = {
     "shape": (
         lambda f: edit_tensors(f, lambda t: t.update({UP_A: torch.zeros(4, 95)})),
         ValueError,
-        r"up: expected lora_A and lora_B of shapes \(4, 96\) and \(160, 4\), got \(4, 95\)",
+        r"up: expected lora_A and lora_B of shapes \(r, 96\) and \(160, r\) .*, got \(4, 95\)",
     ),
     "dtype": (
         lambda f: edit_tensors(f, lambda t: t.update({UP_A: torch.zeros(4, 96).int()})),
@@ -215,14 +300,61 @@ BAD_FILES = {
         ValueError,
         "expected matrices called .*, got 'wte.weight'",
     ),
+    "rank": (
+        lambda f: edit_config(f, r=8),
+        ValueError,
+        "expected tensors of rank 8, got 4",
+    ),
+    "rank_zero": (
+        lambda f: edit_tensors(
+            f, lambda t: t.update({UP_A: torch.zeros(0, 96), UP_B: torch.zeros(160, 0)})
+        ),
+        ValueError,
+        "with r ≥ 1, got",
+    ),
+    "nan": (
+        lambda f: edit_tensors(f, lambda t: t.update({UP_A: torch.full((4, 96), torch.nan)})),
+        ValueError,
+        "up: expected finite values",
+    ),
+    "alpha_pattern_text": (
+        lambda f: edit_config(f, alpha_pattern={"up": "x"}),
+        ValueError,
+        "up: lora_alpha: expected a number, got str",
+    ),
+    "alpha_pattern_zero": (
+        lambda f: edit_config(f, alpha_pattern={"down": 0}),
+        ValueError,
+        "down: lora_alpha: expected a finite number above 0, got 0",
+    ),
+    "alpha_pattern_regex": (
+        lambda f: edit_config(f, alpha_pattern={"(": 3}),
+        ValueError,
+        "alpha_pattern: expected regular expressions and values",
+    ),
+    "alpha_pattern_list": (
+        lambda f: edit_config(f, alpha_pattern=["up"]),
+        ValueError,
+        "alpha_pattern: expected regular expressions and values",
+    ),
+    "pissa": (
+        lambda f: edit_config(f, init_lora_weights="pissa"),
+        ValueError,
+        "init_lora_weights='pissa'",
+    ),
+    "rslora_text": (lambda f: edit_config(f, use_rslora="false"), ValueError, "use_rslora='false'"),
+    "unknown_option": (lambda f: edit_config(f, use_new=True), ValueError, "use_new=True"),
     "empty": (lambda f: edit_tensors(f, lambda t: t.clear()), ValueError, "got none"),
 }
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["bare", "adapted"])
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_adapter_is_refused_and_the_model_untouched(fresh, saved, case) -> None:
+def test_bad_adapter_is_refused_and_the_model_untouched(fresh, saved, case, adapted) -> None:
     spoil, kind, message = BAD_FILES[case]
     spoil(saved)
+    if adapted:
+        add_random_lora(fresh, r=4)
     before, modules = snapshot(fresh), {n: id(m) for n, m in fresh.named_modules()}
     with pytest.raises(kind, match=message):
         nf4.load_adapter(fresh, saved)

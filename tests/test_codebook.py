@@ -57,6 +57,20 @@ def test_absmax_map_has_the_published_bytes() -> None:
     assert table[0].item() == pytest.approx(-0.992968738079071, abs=0)
 
 
+def test_tables_do_not_depend_on_torch_s_defaults() -> None:
+    codebook.absmax_map.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            table = codebook.absmax_map(CPU)
+            derived = codebook.derive_nf4_levels()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        codebook.absmax_map.cache_clear()
+    assert table.dtype == derived.dtype == torch.float32
+    assert torch.equal(table, codebook.absmax_map(CPU))
+
+
 def test_absmax_map_equals_bitsandbytes(bnb) -> None:
     assert torch.equal(codebook.absmax_map(CPU), bnb.create_dynamic_map())
 

@@ -92,6 +92,83 @@ def test_quantize_model_names_the_bad_layer_and_changes_nothing(block) -> None:
         nf4.quantize_model(block.double())
 
 
+class Doubled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def test_quantize_model_leaves_layers_that_compute_otherwise() -> None:
+    model = nf4.quantize_model(nn.Sequential(nn.Linear(8, 8), Doubled(8, 8)))
+    assert type(model[0]) is nf4.LinearNF4 and type(model[1]) is Doubled
+    with pytest.raises(TypeError, match="got Doubled"):
+        nf4.LinearNF4.from_linear(model[1])
+
+
+def test_quantize_model_leaves_layers_without_inputs() -> None:
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(0, 4)
+    model = nf4.quantize_model(nn.Sequential(nn.Linear(4, 4), empty))
+    assert type(model[1]) is nn.Linear
+
+
+def test_a_skipped_name_skips_the_layer_under_its_other_name() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(8, 8)})
+    nf4.quantize_model(model, skip_modules=["b"])
+    assert model["a"] is model["b"] is shared
+    nf4.quantize_model(model)
+    nf4.add_lora(model, target_modules=["a"])
+    assert model["a"] is model["b"] and isinstance(model["a"], nf4.QLoRALinear)
+
+
+def test_hooks_go_with_the_layer(block) -> None:
+    calls = []
+    handle = block.up.register_forward_hook(lambda module, args, out: calls.append(type(module)))
+    model = nf4.quantize_model(block)
+    model(torch.randn(1, 96))
+    nf4.add_lora(model)
+    model(torch.randn(1, 96))
+    nf4.merge(model)
+    model(torch.randn(1, 96))
+    assert calls == [nf4.LinearNF4, nf4.QLoRALinear, nn.Linear]
+    handle.remove()
+    model(torch.randn(1, 96))
+    assert len(calls) == 3
+
+
+def test_a_layer_with_a_patched_forward_is_refused(block) -> None:
+    block.down.forward = block.down.forward
+    with pytest.raises(ValueError, match="down: expected a layer with the forward of its class"):
+        nf4.quantize_model(block)
+    assert type(block.up) is nn.Linear
+
+
+def test_quantize_model_refuses_a_model_with_peft_s_adapters(tiny_llama) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="expected a model without adapters, got PEFT's"):
+        nf4.quantize_model(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_merge_after_casting_gives_one_dtype(block, dtype) -> None:
+    model = nf4.merge(nf4.add_lora(nf4.quantize_model(block)).to(dtype))
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    model(torch.randn(2, 96, dtype=dtype))
+
+
+def test_merge_after_loading_another_dtype_gives_one_dtype(block) -> None:
+    state = nf4.quantize_model(block).bfloat16().state_dict()
+    with torch.device("meta"):
+        shell = nf4.quantize_model(type(block)())
+    shell.load_state_dict(state, assign=True)
+    layer = nf4.merge(shell).up
+    assert layer.weight.dtype == layer.bias.dtype
+
+
 def test_add_lora_freezes_all_but_the_adapters(block) -> None:
     model = nf4.quantize_model(block)
     x = torch.randn(4, 96)
@@ -157,6 +234,12 @@ def quantized() -> nn.Module:
     return nf4.quantize_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), skip_modules=["1"])
 
 
+def nan_linear() -> nn.Linear:
+    layer = nn.Linear(8, 8)
+    layer.weight.data[0, 0] = torch.nan
+    return layer
+
+
 BAD = {
     "model": (lambda: nf4.quantize_model("gpt2"), TypeError, "model: expected a torch.nn.Module"),
     "no_linear": (
@@ -168,6 +251,41 @@ BAD = {
         lambda: nf4.quantize_model(nn.Linear(8, 8), skip_modules="lm_head"),
         TypeError,
         "skip_modules: expected a list of names, got the string 'lm_head'",
+    ),
+    "skip_none": (
+        lambda: nf4.quantize_model(nn.Linear(8, 8), skip_modules=None),
+        TypeError,
+        "skip_modules: expected a list of names, got NoneType",
+    ),
+    "skip_number": (
+        lambda: nf4.quantize_model(nn.Linear(8, 8), skip_modules=[1]),
+        TypeError,
+        "skip_modules: expected names, got 1",
+    ),
+    "skip_all": (
+        lambda: nf4.quantize_model(nn.Sequential(nn.Linear(8, 8)), skip_modules=iter(["0"])),
+        ValueError,
+        r"found none in Sequential \(skip_modules=\('0',\)\)",
+    ),
+    "lora_targets_none": (
+        lambda: nf4.add_lora(quantized(), target_modules=None),
+        TypeError,
+        "target_modules: expected a list of names, got NoneType",
+    ),
+    "lora_targets_regex": (
+        lambda: nf4.add_lora(quantized(), target_modules="("),
+        ValueError,
+        "target_modules: expected a regular expression, got '\\('",
+    ),
+    "model_error_nan": (
+        lambda: nf4.model_error(nn.Sequential(nan_linear())),
+        ValueError,
+        "0.weight: expected finite values",
+    ),
+    "model_error_meta": (
+        lambda: nf4.model_error(nn.Sequential(nn.Linear(8, 8, device="meta"))),
+        ValueError,
+        "0.weight: expected values to measure, got a meta tensor",
     ),
     "block_size": (lambda: nf4.quantize_model(nn.Linear(8, 8), block_size=3), ValueError, "got 3"),
     "lora_model": (lambda: nf4.add_lora(None), TypeError, "expected a torch.nn.Module, got None"),

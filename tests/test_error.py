@@ -21,6 +21,18 @@ def test_quantization_error_is_what_its_fields_say() -> None:
     assert e.sqnr_db == pytest.approx(-20 * math.log10(e.relative))
 
 
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+def test_quantization_error_does_not_overflow(exponent) -> None:
+    w = torch.randn(40, 64)
+    unit, scaled = (
+        nf4.quantization_error(v, nf4.quantize(v, double_quant=False))
+        for v in (w, w * 2.0**exponent)
+    )
+    assert scaled.relative == pytest.approx(unit.relative, rel=1e-6)
+    assert scaled.rmse == pytest.approx(unit.rmse * 2.0**exponent, rel=1e-6)
+    assert scaled.max_abs == pytest.approx(unit.max_abs * 2.0**exponent, rel=1e-6)
+
+
 @pytest.mark.parametrize("w", [torch.zeros(8, 64), torch.zeros(0, 64)], ids=["zeros", "empty"])
 def test_quantization_error_without_signal(w) -> None:
     e = nf4.quantization_error(w, nf4.quantize(w))

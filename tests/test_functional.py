@@ -105,7 +105,45 @@ BAD_CALLS = {
     "lora_seed": (
         lambda: nf4.lora_linear(X, Q, A, B, dropout_p=0.1, seed=3),
         TypeError,
-        r"seed: expected an int64 tensor of shape \(\), got 3",
+        r"seed: expected an int64 tensor, got 3",
+    ),
+    "lora_seed_device": (
+        lambda: nf4.lora_linear(
+            X, Q, A, B, dropout_p=0.1, seed=torch.zeros((), dtype=torch.int64, device="meta")
+        ),
+        ValueError,
+        r"seed: expected shape \(\) on cpu, where the weight is, got \(\) on meta",
+    ),
+    "lora_scaling_nan": (
+        lambda: nf4.lora_linear(X, Q, A, B, float("nan")),
+        ValueError,
+        "scaling: expected a finite number, got nan",
+    ),
+    "linear_x_float8": (
+        lambda: nf4.linear(X.to(torch.float8_e4m3fn), Q),
+        TypeError,
+        "x: expected float32, float16, bfloat16 or float64, got torch.float8_e4m3fn",
+    ),
+    "double_quant_text": (
+        lambda: nf4.quantize(W, double_quant="no"),
+        TypeError,
+        "double_quant: expected a bool, got str",
+    ),
+    "nf4_block_size": (
+        lambda: nf4.dequantize(dataclasses.replace(Q, block_size=48)),
+        ValueError,
+        "q.block_size: expected one of .*, got 48",
+    ),
+    "nf4_to_dtype": (lambda: Q.to(torch.bfloat16), TypeError, "device"),
+    "error_device": (
+        lambda: nf4.quantization_error(W.to("meta"), Q),
+        ValueError,
+        "w: expected device cpu like q, got meta",
+    ),
+    "error_nan": (
+        lambda: nf4.quantization_error(W * float("nan"), Q),
+        ValueError,
+        "w: expected finite values",
     ),
     "error_shape": (
         lambda: nf4.quantization_error(W.T, Q),

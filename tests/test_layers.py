@@ -56,6 +56,13 @@ def test_constructor_initializes_like_linear() -> None:
     assert torch.equal(layer.bias, dense.bias)
 
 
+def test_calls_like_linear() -> None:
+    layer, x = nf4.LinearNF4(96, 80, True, "cpu", torch.float32), torch.randn(2, 96)
+    assert torch.equal(layer(input=x), layer(x))
+    q, bias = layer.weight, torch.randn(80)
+    assert torch.equal(nf4.LinearNF4.from_weight(q, bias).state_dict()["bias"], bias)
+
+
 def test_weight_is_frozen_and_only_the_adapter_and_bias_train() -> None:
     layer = make(nf4.QLoRALinear)
     trainable = {name for name, p in layer.named_parameters() if p.requires_grad}
@@ -229,13 +236,29 @@ def test_print_describes_the_layer() -> None:
 
 BAD = {
     "in_features": (lambda: nf4.LinearNF4(0, 4), ValueError, "in_features: expected an int"),
-    "out_features": (lambda: nf4.LinearNF4(4, 2.0), ValueError, "out_features: expected an int"),
+    "out_features": (lambda: nf4.LinearNF4(4, 2.0), TypeError, "out_features: expected an int"),
     "dtype": (
         lambda: nf4.LinearNF4(4, 4, dtype=torch.float64),
         TypeError,
         "dtype: expected dtype float32, float16 or bfloat16, got torch.float64",
     ),
     "block_size": (lambda: nf4.LinearNF4(4, 4, block_size=7), ValueError, "got 7"),
+    "in_features_bool": (lambda: nf4.LinearNF4(True, 4), TypeError, "expected an int, got bool"),
+    "from_weight_tensor": (
+        lambda: nf4.LinearNF4.from_weight(torch.zeros(4, 4)),
+        TypeError,
+        "q: expected an NF4Tensor",
+    ),
+    "from_weight_3d": (
+        lambda: nf4.LinearNF4.from_weight(nf4.quantize(torch.zeros(2, 3, 4))),
+        ValueError,
+        r"q: expected a quantized matrix \[N, K\], got shape \(2, 3, 4\)",
+    ),
+    "from_weight_bias": (
+        lambda: nf4.LinearNF4.from_weight(nf4.quantize(torch.zeros(3, 4)), torch.zeros(4)),
+        ValueError,
+        r"bias: expected shape \(3,\), got \(4,\)",
+    ),
     "r_zero": (lambda: nf4.QLoRALinear(4, 4, r=0), ValueError, "r: expected an int of at least 1"),
     "r_negative": (lambda: nf4.QLoRALinear(4, 4, r=-3), ValueError, "got -3"),
     "r_float": (lambda: nf4.QLoRALinear(4, 4, r=2.0), TypeError, "r: expected an int, got float"),

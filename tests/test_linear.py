@@ -68,6 +68,13 @@ def test_linear_refuses_a_second_derivative() -> None:
         grad.sum().backward()
 
 
+def test_linear_refuses_forward_mode() -> None:
+    q = nf4.quantize(torch.randn(12, 34))
+    x, v = torch.randn(5, 34), torch.randn(5, 34)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda x: nf4.linear(x, q), (x,), (v,))
+
+
 @pytest.mark.parametrize("needs_bias", [False, True])
 def test_linear_autocast_equals_casting_by_hand(needs_bias) -> None:
     q = nf4.quantize(torch.randn(12, 64))

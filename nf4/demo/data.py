@@ -100,8 +100,8 @@ def training_tokens(tokenizer: Any, source: str | None) -> tuple[Tensor, Tensor]
 
     Args:
         tokenizer: of the model.
-        source: a UTF-8 text file, whose last tenth is held out; if None, Shakespeare's Othello to
-            train on and Macbeth held out.
+        source: a UTF-8 text file, whose last tenth is held out; if None, Shakespeare in the
+            spelling of the First Folio (1623): Othello to train on, Macbeth held out.
 
     Returns:
         int64 ``[n]`` and int64 ``[windows, 512]``.

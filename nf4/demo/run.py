@@ -21,7 +21,7 @@ from nf4.demo.train import batches, race, train
 from nf4.error import LayerError, model_error, perplexity
 from nf4.files import check_new, new_folder
 
-R, LORA_ALPHA, LEARNING_RATE = 8, 16, 1e-3
+R, LORA_ALPHA, LEARNING_RATE = 8, 16, 2e-3
 RACE_ROUNDS = 5
 NEW_TOKENS = 60
 
@@ -254,8 +254,8 @@ def _generate(
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=NEW_TOKENS,
             do_sample=True,
-            temperature=0.7,
-            top_k=40,
+            temperature=1.0,
+            top_k=50,
             pad_token_id=tokenizer.eos_token_id,
         )
         bar.step()

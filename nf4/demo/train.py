@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-BATCH = 4
-LENGTH = 128
+BATCH = 2
+LENGTH = 256
 
 
 def batches(tokens: Tensor, steps: int, seed: int) -> Tensor:
-    """Return random windows of the training text, int64 ``[steps, 4, 128]``."""
+    """Return random windows of the training text, int64 ``[steps, 2, 256]``."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(tokens) - LENGTH, (steps, BATCH), generator=generator)
     return tokens[starts[..., None] + torch.arange(LENGTH)]
