@@ -249,7 +249,10 @@ def _check_no_tangent(*tensors: Tensor | None) -> None:
     if forward_ad._current_level < 0:
         return
     for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        dual = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+        if dual.tangent is not None:
             raise NotImplementedError(
                 "nf4: forward-mode differentiation is not implemented; use backward"
             )

@@ -5,19 +5,20 @@ autocast, checkpointing and on meta tensors. On a device without a kernel an ope
 nf4/reference/ defines. Arguments are checked in `nf4.functional`, except for what needs the data.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nf4 import reference
 from nf4.codebook import ABSMAX_BLOCK_SIZE
-from nf4.reference.dequantize import dequantize
 from nf4.reference.linear import accumulator, linear, linear_backward
 from nf4.reference.lora_linear import lora_linear, lora_linear_backward
-from nf4.reference.quantize import quantize
-from nf4.reference.quantize_absmax import quantize_absmax
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
 _LORA = "Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, Tensor? seed"
@@ -39,6 +40,15 @@ def _define(
         torch.library.register_autograd(name, backward, setup_context=setup_context)
 
 
+@lru_cache
+def _implementation(op: str, device_type: str) -> Callable[..., Any]:
+    """Return what computes an operator on a kind of device: its kernel, or else its reference."""
+    has_kernel = device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    package = "nf4.kernels" if has_kernel else reference.__name__
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{op}"), op)
+    return function
+
+
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Keep autocast out of an operator: its caller has chosen the dtypes already."""
     kind = x.device.type
@@ -57,7 +67,7 @@ def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 
 
 def _quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    packed, absmax = quantize(w, block_size)
+    packed, absmax = _implementation("quantize", w.device.type)(w, block_size)
     if not torch.isfinite(absmax).all():
         position = (~torch.isfinite(w.reshape(-1))).nonzero()[0, 0].cpu()
         index = tuple(int(i) for i in torch.unravel_index(position, w.shape))
@@ -73,6 +83,12 @@ def _quantize_fake(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     )
 
 
+def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    parts: tuple[Tensor, Tensor, Tensor]
+    parts = _implementation("quantize_absmax", absmax.device.type)(absmax)
+    return parts
+
+
 def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = (absmax.numel() + ABSMAX_BLOCK_SIZE - 1) // ABSMAX_BLOCK_SIZE
     codes = torch.empty_like(absmax, dtype=torch.uint8)
@@ -80,6 +96,11 @@ def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # --- dequantize
+
+
+def _dequantize(packed: Tensor, *args: Any) -> Tensor:
+    out: Tensor = _implementation("dequantize", packed.device.type)(packed, *args)
+    return out
 
 
 def _dequantize_fake(
@@ -109,7 +130,7 @@ def _linear(
 ) -> Tensor:
     shape = (out_features, x.shape[-1])
     with _no_autocast(x):
-        w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
+        w = _dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
         return linear(x, w, bias)
 
 
@@ -128,7 +149,7 @@ def _linear_backward(
 ) -> Tensor:
     shape = (dy.shape[-1], in_features)
     with _no_autocast(dy):
-        w = dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
+        w = _dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
         return linear_backward(dy, w)
 
 
@@ -168,7 +189,7 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     shape = (lora_B.shape[0], x.shape[-1])
     with _no_autocast(x):
-        w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
+        w = _dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
         return lora_linear(x, w, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
@@ -197,7 +218,7 @@ def _lora_linear_backward(
     with _no_autocast(dy):
         w = None
         if needs[0]:
-            w = dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
+            w = _dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
         grads = lora_linear_backward(
             dy, x, t, w, lora_A, lora_B, scaling, dropout_p, seed, needs[1]
         )
@@ -247,13 +268,13 @@ _define("quantize", "(Tensor w, int block_size) -> (Tensor, Tensor)", _quantize,
 _define(
     "quantize_absmax",
     "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
-    quantize_absmax,
+    _quantize_absmax,
     _quantize_absmax_fake,
 )
 _define(
     "dequantize",
     f"({_WEIGHT}, SymInt[] shape, int block_size, ScalarType dtype) -> Tensor",
-    dequantize,
+    _dequantize,
     _dequantize_fake,
 )
 _define(

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 import nf4
 from nf4.codebook import BLOCK_SIZES, NF4_LEVELS, nf4_thresholds
+from nf4.reference import quantize as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(64, 96), (7, 33), (5,), (3, 5, 7), (1, 4096), (129, 64), (2, 3, 64), ()]
@@ -215,3 +216,70 @@ def test_quantize_measures_the_known_error_on_normal_weights(block_size) -> None
     q = nf4.quantize(w, block_size, double_quant=False)
     mae = nf4.quantization_error(w, q).mae
     assert abs(mae - MAE[block_size]) < 4 * SIGMA[block_size]
+
+
+KERNEL_SHAPES = [(64, 64), (7, 33), (129, 130), (1,), (), (0, 64), (3, 4096), (300, 72)]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_quantize_kernel_matches_reference(block_size, shape, dtype, device) -> None:
+    from nf4.kernels import quantize as kernel
+
+    w = torch.randn(shape).to(device, dtype)
+    for ours, expected in zip(
+        kernel.quantize(w, block_size), reference.quantize(w, block_size), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.kernel
+def test_quantize_kernel_bucket_edges_thresholds_and_their_neighbours(device) -> None:
+    from nf4.kernels import quantize as kernel
+
+    points = torch.cat([torch.tensor(nf4_thresholds()), torch.arange(-16, 17) / 16])
+    steps = [points]
+    for direction in (-torch.inf, torch.inf):
+        near = points
+        for _ in range(4):
+            near = torch.nextafter(near, torch.full_like(near, direction))
+            steps.append(near)
+    x = torch.cat(steps).clamp(-1, 1)
+    x = torch.cat([x, x.new_zeros(-len(x) % 63)]).view(-1, 63)
+    w = torch.cat([x, torch.ones(len(x), 1)], dim=1).to(device)
+    for ours, expected in zip(kernel.quantize(w, 64), reference.quantize(w, 64), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("largest", [0.0, 1e-45, 1.1754942e-38, 2.0**-126, 2.0**126, 3.4028235e38])
+def test_quantize_kernel_special_blocks(largest, device) -> None:
+    from nf4.kernels import quantize as kernel
+
+    w = torch.linspace(-1, 1, 64, device=device) * largest
+    for ours, expected in zip(kernel.quantize(w, 64), reference.quantize(w, 64), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.kernel
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, in the interpreter
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_quantize_kernel_shows_nan_and_infinity_in_absmax(bad, device) -> None:
+    from nf4.kernels import quantize as kernel
+
+    w = torch.randn(300, device=device)
+    w[70] = bad
+    _, absmax = kernel.quantize(w, 64)
+    assert absmax.isfinite().tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.kernel
+def test_quantize_kernel_takes_views(device) -> None:
+    from nf4.kernels import quantize as kernel
+
+    for w in (torch.randn(96, 64).T, torch.randn(64, 200)[:, 3:131], torch.randn(999)[1:]):
+        w = w.to(device)
+        for ours, expected in zip(kernel.quantize(w, 64), reference.quantize(w, 64), strict=True):
+            assert torch.equal(ours, expected)

@@ -75,3 +75,26 @@ def test_quantize_absmax_agrees_with_bitsandbytes_up_to_its_lookup(bnb_parts, bl
         (dequantize_absmax(q.absmax, q.absmax2, q.offset) - absmax).abs() for q in (ours, theirs)
     ]
     assert (off[0] <= off[1] + 2**-22 * absmax)[differ].all()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("blocks", [0, 1, 2, 255, 256, 257, 5000, 300_000])
+def test_quantize_absmax_kernel_matches_reference(blocks, device) -> None:
+    from nf4.kernels import quantize_absmax as kernel
+
+    absmax = (torch.rand(blocks) + 0.01).to(device)
+    for ours, expected in zip(kernel.quantize_absmax(absmax), quantize_absmax(absmax), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.kernel
+def test_quantize_absmax_kernel_ties_and_equal_scales(device) -> None:
+    from nf4.kernels import quantize_absmax as kernel
+
+    middles = ((MAP[1:] + MAP[:-1]) / 2).repeat(3)
+    ties = torch.cat([middles, -middles, torch.ones(1), -torch.ones(1)]).to(device)
+    for absmax in (ties, torch.full((300,), 3.7, device=device), torch.zeros(5, device=device)):
+        for ours, expected in zip(
+            kernel.quantize_absmax(absmax), quantize_absmax(absmax), strict=True
+        ):
+            assert torch.equal(ours, expected)

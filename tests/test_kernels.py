@@ -1,0 +1,71 @@
+"""Every kernel without a GPU: run in Triton's interpreter, and compiled for seven GPUs."""
+
+import inspect
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="nf4's kernels need Triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = sorted(p.stem for p in (ROOT / "kernels").glob("[a-z]*.py"))
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
+
+
+@needs_compiler
+def test_kernels_match_their_references_in_the_interpreter() -> None:
+    """Run what is marked `kernel` in a process whose Triton interprets."""
+    files = [f"tests/test_{op}.py" for op in OPS]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel", "--no-cov", *files]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "skipped" not in done.stdout and "passed" in done.stdout
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernel_has_the_signature_of_its_reference(op) -> None:
+    kernel, reference = (
+        inspect.signature(getattr(import_module(f"{package}.{op}"), op))
+        for package in ("nf4.kernels", "nf4.reference")
+    )
+    assert kernel == reference
+
+
+def variants() -> list:
+    return [v for op in OPS for v in import_module(f"nf4.kernels.{op}").variants()]
+
+
+# Instructions per weight on sm_90, from the budgets of the design: 7 and 17 for bf16 weights in
+# blocks of 64 of aligned tensors.
+BUDGETS = {"dequantize, block 64, bf16": 7.0, "quantize, block 64, bf16": 17.0}
+
+
+@needs_compiler
+@pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name)
+def test_kernel_compiles_for_every_gpu_without_spills(variant) -> None:
+    from nf4.kernels import _aot
+
+    for target in _aot.TARGETS:
+        found = _aot.report(variant, target)
+        assert found.spills == 0, target
+        if target == "sm_90":
+            assert found.instructions <= BUDGETS.get(variant.name, found.instructions)
+            if variant.name.startswith("dequantize"):
+                assert found.memory["STG.128"] and not found.memory["STG.32"], found.memory
+
+
+def test_operators_take_the_reference_on_a_cpu_and_the_kernel_on_a_gpu() -> None:
+    from nf4.operators import _implementation
+
+    for op in OPS:
+        assert _implementation(op, "cpu").__module__ == f"nf4.reference.{op}"
+        assert _implementation(op, "cuda").__module__ == f"nf4.kernels.{op}"
+    assert torch.ops.nf4.dequantize
