@@ -167,7 +167,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         _check_tensors(layer, name, tensors, path / WEIGHTS_NAME)
         adapter = _make_adapter(config, name, tensors, path / CONFIG_NAME)
         known = found.setdefault(id(layer), adapter)
-        if not torch.equal(known.lora_A, adapter.lora_A):
+        if not (torch.equal(known.lora_A, tensors[0]) and torch.equal(known.lora_B, tensors[1])):
             raise ValueError(
                 f"{path / WEIGHTS_NAME}: {name}: expected the tensors of the layer's other name, "
                 "got different ones"
@@ -184,8 +184,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "model: expected a model that holds the layers, or one QLoRALinear of the file's rank; "
             f"a {type(root).__name__} alone cannot be replaced in place"
         )
-    freeze_base(model)
     replace_layers(model, layers, convert)
+    freeze_base(model)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, QLoRALinear]:

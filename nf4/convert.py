@@ -106,7 +106,6 @@ def add_lora(
     check_model(model)
     check_lora_options(r, lora_alpha, lora_dropout)
     targets = _match_targets(model, target_modules)
-    freeze_base(model)
 
     def convert(layer: LinearNF4) -> QLoRALinear:
         return QLoRALinear.from_weight(
@@ -118,7 +117,9 @@ def add_lora(
             use_rslora=use_rslora,
         ).train(layer.training)
 
-    return replace_layers(model, targets, convert)
+    model = replace_layers(model, targets, convert)
+    freeze_base(model)
+    return model
 
 
 def merge(model: Model) -> Model:

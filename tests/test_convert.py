@@ -143,6 +143,12 @@ def test_a_layer_with_a_patched_forward_is_refused(block) -> None:
     with pytest.raises(ValueError, match="down: expected a layer with the forward of its class"):
         nf4.quantize_model(block)
     assert type(block.up) is nn.Linear
+    del block.down.forward
+    model = nf4.quantize_model(block)
+    model.down.forward = model.down.forward
+    with pytest.raises(ValueError, match="down: expected a layer with the forward of its class"):
+        nf4.add_lora(model)
+    assert model.lm_head.weight.requires_grad and type(model.up) is nf4.LinearNF4
 
 
 def test_quantize_model_refuses_a_model_with_peft_s_adapters(tiny_llama) -> None:
