@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,6 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=_demo)
+    bench = commands.add_parser(
+        "bench",
+        help="compile the kernels for GPUs that are not here and count what they use",
+        description="Compile every kernel ahead of time and print registers, spills, shared "
+        "memory, instructions per weight and the width of loads and stores. Needs Triton, no GPU. "
+        "The scripts bench/bench_*.py measure time.",
+    )
+    bench.add_argument("--compile", action="store_true", required=True, help="do so")
+    bench.add_argument("--target", nargs="+", help="GPUs such as sm_90 or gfx942 (default: all)")
+    bench.add_argument("--json", action="store_true", help="print the result as JSON")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -80,6 +92,28 @@ def _demo(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(asdict(result)) + "\n")
     else:
         print_result(result, Console())
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from nf4.demo.report import progress_bar
+
+    compiler = import_module("nf4.kernels._report")
+    targets = options.target or compiler.TARGETS
+    with progress_bar("Compile", len(compiler.variants()) * len(targets)) as bar:
+        rows = compiler.compile_all(targets, bar.step)
+    if options.json:
+        sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
+        return
+    columns = ("kernel", "GPU", "warps", "registers", "spills", "shared", "instructions / weight")
+    lines = [columns, ("---",) * len(columns)]
+    for row in rows:
+        r = row.report
+        per_weight = "" if r.instructions is None else f"{r.instructions:.2f}"
+        cells = (row.name, row.target, row.num_warps, r.registers, r.spills, r.shared, per_weight)
+        memory = ", ".join(f"{count} {op}" for op, count in sorted(r.memory.items()))
+        lines.append((*map(str, cells), memory))
+    lines = [(*lines[0], "loads, stores, shuffles"), (*lines[1], "---"), *lines[2:]]
+    sys.stdout.write("".join("| " + " | ".join(line) + " |\n" for line in lines))
 
 
 def _free_folder(name: str) -> Path:

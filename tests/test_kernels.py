@@ -1,6 +1,7 @@
 """Every kernel without a GPU: run in Triton's interpreter, and compiled for seven GPUs."""
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="nf4's kernels need Triton")
+
+from nf4.cli import main  # noqa: E402
+from nf4.kernels import _aot, _report  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(p.stem for p in (ROOT / "kernels").glob("[a-z]*.py"))
@@ -39,20 +43,14 @@ def test_kernel_has_the_signature_of_its_reference(op) -> None:
     assert kernel == reference
 
 
-def variants() -> list:
-    return [v for op in OPS for v in import_module(f"nf4.kernels.{op}").variants()]
-
-
 # Instructions per weight on sm_90, from the budgets of the design: 7 and 17 for bf16 weights in
 # blocks of 64 of aligned tensors.
 BUDGETS = {"dequantize, block 64, bf16": 7.0, "quantize, block 64, bf16": 17.0}
 
 
 @needs_compiler
-@pytest.mark.parametrize("variant", variants(), ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", _report.variants(), ids=lambda v: v.name)
 def test_kernel_compiles_for_every_gpu_without_spills(variant) -> None:
-    from nf4.kernels import _aot
-
     for target in _aot.TARGETS:
         found = _aot.report(variant, target)
         assert found.spills == 0, target
@@ -60,6 +58,20 @@ def test_kernel_compiles_for_every_gpu_without_spills(variant) -> None:
             assert found.instructions <= BUDGETS.get(variant.name, found.instructions)
             if variant.name.startswith("dequantize"):
                 assert found.memory["STG.128"] and not found.memory["STG.32"], found.memory
+
+
+@needs_compiler
+def test_bench_compile_prints_a_row_for_each_kernel(capsys) -> None:
+    assert main(["bench", "--compile", "--target", "sm_90"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(_report.variants())
+    assert lines[2].startswith("| quantize, block 64, bf16 | sm_90 | 4 | ")
+    assert main(["bench", "--compile", "--target", "gfx942", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["target"] for row in rows} == {"gfx942"}
+    assert all(row["report"]["spills"] == 0 for row in rows)
+    assert main(["bench", "--compile", "--target", "sm_1"]) == 2
+    assert "target: expected one of sm_80" in capsys.readouterr().err
 
 
 def test_operators_take_the_reference_on_a_cpu_and_the_kernel_on_a_gpu() -> None:

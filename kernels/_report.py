@@ -1,0 +1,47 @@
+"""Compile every kernel for every GPU, without one: one row a variant and target."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from . import dequantize, quantize, quantize_absmax
+from ._aot import TARGETS, Report, Variant, report
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler made of one variant for one target."""
+
+    name: str
+    target: str
+    num_warps: int
+    report: Report
+
+
+def variants() -> list[Variant]:
+    """Return the variants of all kernels."""
+    modules = (quantize, quantize_absmax, dequantize)
+    return [variant for module in modules for variant in module.variants()]
+
+
+def compile_all(
+    targets: Iterable[str] = TARGETS, progress: Callable[[str], None] = lambda name: None
+) -> list[Row]:
+    """Compile every variant for every target.
+
+    Args:
+        targets: names such as ``"sm_90"`` and ``"gfx942"``.
+        progress: called with a name after each compilation.
+
+    Raises:
+        ValueError: a target is not known.
+    """
+    targets = list(targets)
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target}")
+    rows = []
+    for variant in variants():
+        for target in targets:
+            rows.append(Row(variant.name, target, variant.num_warps, report(variant, target)))
+            progress(f"{variant.name}, {target}")
+    return rows
