@@ -28,11 +28,12 @@ class Variant:
     Attributes:
         name: what to call it in a table.
         kernel: the jit function.
-        signature: type of each run-time argument, such as ``{"x_ptr": "*bf16", "n": "i32"}``; all
-            are taken to be multiples of 16, as the launcher finds them for aligned tensors.
+        signature: type of each run-time argument, such as ``{"x_ptr": "*bf16", "n": "i32"}``;
+            pointers are taken to be multiples of 16, as those of whole tensors are.
         constants: value of each constexpr but SHUFFLE, which follows the target.
         elements: weights one program takes.
         num_warps: warps of one program.
+        odd: sizes need not be multiples of 16 either.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Variant:
     constants: dict[str, Any]
     elements: int
     num_warps: int = 4
+    odd: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Report:
 
     Attributes:
         registers: of each thread.
-        spills: bytes of registers that did not fit and went to memory.
+        spills: bytes of stack and local memory, where registers go that do not fit.
         shared: bytes of shared memory.
-        instructions: per weight; None on AMD.
+        instructions: in the listing, times threads, per weight; None on AMD.
         memory: loads, stores and shuffles by width, such as ``{"LDG.128": 4}``; empty on AMD.
     """
 
@@ -74,7 +76,11 @@ def compile_for(variant: Variant, target: str) -> Any:
         fn=variant.kernel,
         signature=signature,
         constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in variant.signature},
+        attrs={
+            (names.index(n),): [["tt.divisibility", 16]]
+            for n, kind in variant.signature.items()
+            if kind.startswith("*") or not variant.odd
+        },
     )
     if nvidia:
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
@@ -94,7 +100,7 @@ def report(variant: Variant, target: str) -> Report:
             int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
             for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
-        return Report(registers, 4 * spilled + scratch, shared)
+        return Report(registers, max(4 * spilled, scratch), shared)
     usage, sass = _cuobjdump(compiled.asm["cubin"])
     registers, stack, local = (
         int(re.search(rf"{key}:(\d+)", usage)[1])  # type: ignore[index]

@@ -1,10 +1,10 @@
 """Decode packed NF4 codes: the one lookup of sixteen levels that every kernel uses.
 
 SHUFFLE picks how. True, for NVIDIA: lane i of a warp holds level i mod 16, and a nibble is the lane
-to read from; one ``shfl.sync`` a weight, 4.4 to 6.7 instructions in all. False, for every other
-device and for the interpreter of old Tritons: ``tl.gather`` on a tensor of 16 levels, about 9
-instructions. Both give the fp32 levels exactly. Inline assembly must not be compiled for AMD, so
-the caller says which, as a constexpr.
+to read from; one ``shfl.sync`` a weight, 5 to 7 instructions in all (bench/results/compile.md).
+False, for every other device and for the interpreter: ``tl.gather`` on a tensor of 16 levels. Both
+give the fp32 levels exactly. Inline assembly must not be compiled for AMD, so the caller says
+which, as a constexpr.
 """
 
 import struct

@@ -23,6 +23,15 @@ def variants() -> list[Variant]:
     return [variant for module in modules for variant in module.variants()]
 
 
+def check_targets(targets: Iterable[str]) -> list[str]:
+    """Return the targets as a list, or raise ValueError if one is not known."""
+    found = list(targets)
+    for target in found:
+        if target not in TARGETS:
+            raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target}")
+    return found
+
+
 def compile_all(
     targets: Iterable[str] = TARGETS, progress: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
@@ -35,10 +44,7 @@ def compile_all(
     Raises:
         ValueError: a target is not known.
     """
-    targets = list(targets)
-    for target in targets:
-        if target not in TARGETS:
-            raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target}")
+    targets = check_targets(targets)
     rows = []
     for variant in variants():
         for target in targets:

@@ -110,18 +110,20 @@ def variants() -> list[Variant]:
         "out_ptr": "*bf16",
         "n": "i32",
     }
-    cases = [(64, 0, "bf16"), (64, 4, "bf16"), (64, 0, "fp32"), (4096, 0, "bf16")]
+    masks = {0: "", 4: ", masked", 1: ", odd count"}
+    cases = [(64, 0, "bf16"), (64, 4, "bf16"), (64, 1, "bf16"), (64, 0, "fp32"), (4096, 0, "bf16")]
     made = []
     for block_size, mask_bytes, dtype in cases:
         block_bytes = block_size // 2
         rows = max(TILE_BYTES // block_bytes, 1)
         made.append(
             Variant(
-                f"dequantize, block {block_size}, {dtype}" + (", masked" if mask_bytes else ""),
+                f"dequantize, block {block_size}, {dtype}{masks[mask_bytes]}",
                 _dequantize_kernel,
                 {**signature, "out_ptr": f"*{dtype}"},
                 {"BLOCK_BYTES": block_bytes, "ROWS": rows, "MASK_BYTES": mask_bytes},
                 rows * block_size,
+                odd=mask_bytes == 1,
             )
         )
     return made

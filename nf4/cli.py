@@ -70,10 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="compile the kernels for GPUs that are not here and count what they use",
         description="Compile every kernel ahead of time and print registers, spills, shared "
-        "memory, instructions per weight and the width of loads and stores. Needs Triton, no GPU. "
+        "memory and, for NVIDIA, instructions per weight and the width of loads and stores. Needs "
+        "Triton, no GPU. "
         "The scripts bench/bench_*.py measure time.",
     )
-    bench.add_argument("--compile", action="store_true", required=True, help="do so")
+    bench.add_argument("--compile", action="store_true", required=True, help="the one mode so far")
     bench.add_argument("--target", nargs="+", help="GPUs such as sm_90 or gfx942 (default: all)")
     bench.add_argument("--json", action="store_true", help="print the result as JSON")
     bench.set_defaults(run=_bench)
@@ -98,7 +99,7 @@ def _bench(options: argparse.Namespace) -> None:
     from nf4.demo.report import progress_bar
 
     compiler = import_module("nf4.kernels._report")
-    targets = options.target or compiler.TARGETS
+    targets = compiler.check_targets(options.target or compiler.TARGETS)
     with progress_bar("Compile", len(compiler.variants()) * len(targets)) as bar:
         rows = compiler.compile_all(targets, bar.step)
     if options.json:

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -122,3 +123,9 @@ def tiny_llama():
         return LlamaForCausalLM(config)
 
     return make
+
+
+@pytest.fixture
+def backend() -> str:
+    """torch.compile's own backend where there is a C++ compiler for it."""
+    return "inductor" if any(map(shutil.which, ("g++", "c++", "clang++"))) else "aot_eager"

@@ -180,6 +180,14 @@ def test_help_and_version(arguments, capsys) -> None:
     assert "nf4" in capsys.readouterr().out
 
 
+def test_missing_package_is_found_before_anything_runs(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr("nf4.demo.data.importlib.util.find_spec", lambda name: None)
+    assert main(["demo", "--out", str(tmp_path / "x")]) == 2
+    message = capsys.readouterr().err
+    assert "transformers, peft, matplotlib, gguf not found: pip install 'nf4[demo]'" in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_missing_data_package_tells_how_to_install_it() -> None:
     from nf4.demo.data import packaged_file
 

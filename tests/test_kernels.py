@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
@@ -43,9 +42,21 @@ def test_kernel_has_the_signature_of_its_reference(op) -> None:
     assert kernel == reference
 
 
-# Instructions per weight on sm_90, from the budgets of the design: 7 and 17 for bf16 weights in
-# blocks of 64 of aligned tensors.
-BUDGETS = {"dequantize, block 64, bf16": 7.0, "quantize, block 64, bf16": 17.0}
+# Instructions per weight on sm_90. The design asks for 7 and 17 for whole bf16 tensors in blocks of
+# 64; the other figures are what was reached, rounded up.
+BUDGETS = {
+    "dequantize, block 64, bf16": 7.0,
+    "dequantize, block 64, bf16, masked": 7.0,
+    "dequantize, block 64, bf16, odd count": 18.0,
+    "dequantize, block 64, fp32": 7.0,
+    "dequantize, block 4096, bf16": 7.0,
+    "quantize, block 64, bf16": 17.0,
+    "quantize, block 64, bf16, masked": 30.0,
+    "quantize, block 64, fp32": 20.0,
+    "quantize, block 4096, bf16": 17.0,
+    "quantize_absmax, sum": 45.0,
+    "quantize_absmax, codes": 220.0,
+}
 
 
 @needs_compiler
@@ -55,8 +66,8 @@ def test_kernel_compiles_for_every_gpu_without_spills(variant) -> None:
         found = _aot.report(variant, target)
         assert found.spills == 0, target
         if target == "sm_90":
-            assert found.instructions <= BUDGETS.get(variant.name, found.instructions)
-            if variant.name.startswith("dequantize"):
+            assert found.instructions <= BUDGETS[variant.name]
+            if variant.name.startswith("dequantize") and not variant.odd:
                 assert found.memory["STG.128"] and not found.memory["STG.32"], found.memory
 
 
@@ -71,7 +82,10 @@ def test_bench_compile_prints_a_row_for_each_kernel(capsys) -> None:
     assert {row["target"] for row in rows} == {"gfx942"}
     assert all(row["report"]["spills"] == 0 for row in rows)
     assert main(["bench", "--compile", "--target", "sm_1"]) == 2
-    assert "target: expected one of sm_80" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert (
+        message.startswith("nf4 bench: target: expected one of sm_80") and message.count("\n") == 1
+    )
 
 
 def test_operators_take_the_reference_on_a_cpu_and_the_kernel_on_a_gpu() -> None:
@@ -80,4 +94,3 @@ def test_operators_take_the_reference_on_a_cpu_and_the_kernel_on_a_gpu() -> None
     for op in OPS:
         assert _implementation(op, "cpu").__module__ == f"nf4.reference.{op}"
         assert _implementation(op, "cuda").__module__ == f"nf4.kernels.{op}"
-    assert torch.ops.nf4.dequantize

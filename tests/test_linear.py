@@ -112,9 +112,11 @@ def test_linear_and_dequantize_pass_opcheck(double_quant) -> None:
     opcheck(ops.linear_backward.default, (torch.randn(5, 12), *parts, 64, 32))
 
 
-def test_linear_compiles_without_graph_breaks_and_with_changing_batches() -> None:
+def test_linear_compiles_without_graph_breaks_and_with_changing_batches(backend) -> None:
     q = nf4.quantize(torch.randn(12, 64))
-    compiled = torch.compile(lambda x, b: nf4.linear(x, q, b).relu(), fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda x, b: nf4.linear(x, q, b).relu(), fullgraph=True, dynamic=True, backend=backend
+    )
     bias = torch.randn(12, requires_grad=True)
     for rows in (3, 8, 17):
         x = torch.randn(rows, 64, requires_grad=True)
@@ -125,8 +127,8 @@ def test_linear_compiles_without_graph_breaks_and_with_changing_batches() -> Non
         torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
 
 
-def test_quantize_and_dequantize_compile_without_graph_breaks() -> None:
-    @torch.compile(fullgraph=True)
+def test_quantize_and_dequantize_compile_without_graph_breaks(backend) -> None:
+    @torch.compile(fullgraph=True, backend=backend)
     def round_trip(w: torch.Tensor) -> torch.Tensor:
         return nf4.dequantize(nf4.quantize(w, 128)) * 2
 

@@ -175,8 +175,8 @@ def test_lora_linear_passes_opcheck(q, p) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_lora_linear_compiles_without_graph_breaks(q, p) -> None:
-    @torch.compile(fullgraph=True)
+def test_lora_linear_compiles_without_graph_breaks(q, p, backend) -> None:
+    @torch.compile(fullgraph=True, backend=backend)
     def f(x, a, b, bias):
         return nf4.lora_linear(x, q, a, b, 2.0, bias, p, torch.tensor(9)).tanh()
 
@@ -190,7 +190,9 @@ def test_lora_linear_compiles_without_graph_breaks(q, p) -> None:
     torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), (x, a, b, bias)))
 
 
-def test_lora_linear_dropout_compiles_and_draws_anew(q) -> None:
+def test_lora_linear_dropout_compiles_and_draws_anew(q, backend) -> None:
     x, a, b, _ = arguments(grad=False)
-    f = torch.compile(lambda x: nf4.lora_linear(x, q, a, b, dropout_p=0.5), fullgraph=True)
+    f = torch.compile(
+        lambda x: nf4.lora_linear(x, q, a, b, dropout_p=0.5), fullgraph=True, backend=backend
+    )
     assert not torch.equal(f(x), f(x))

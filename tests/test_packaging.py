@@ -99,7 +99,10 @@ def test_import_needs_no_triton_and_prints_nothing(python, tmp_path) -> None:
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
 @pytest.mark.parametrize("python", ["installed", "editable"], indirect=True)
 def test_kernels_import_as_nf4_kernels(python, where, tmp_path) -> None:
-    code = "import nf4.kernels, os; (p,) = nf4.kernels.__path__; print(os.path.realpath(p))"
+    code = (
+        "import nf4.kernels, nf4.kernels.dequantize, os; (p,) = nf4.kernels.__path__; "
+        "assert os.path.dirname(nf4.kernels.dequantize.__file__) == p; print(os.path.realpath(p))"
+    )
     found = Path(run(python, code, ROOT if where == "root" else tmp_path).strip())
     assert found.is_dir() and found.name == "kernels"
     names = {p.name for p in found.glob("*.py")}

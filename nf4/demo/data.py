@@ -43,6 +43,19 @@ def packaged_file(package: str, file: str, requirement: str) -> Path:
     return path
 
 
+def check_packages(source: str | None) -> None:
+    """Raise ModuleNotFoundError unless what the demo imports on its way is installed."""
+    needed = ["transformers", "peft", "matplotlib"]
+    if source is None or source.endswith(".gguf"):
+        needed.append("gguf")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"expected the packages of nf4[demo], {', '.join(missing)} not found: "
+            "pip install 'nf4[demo]'"
+        )
+
+
 def load_model(source: str | None) -> tuple[nn.Module, Any]:
     """Load a causal language model in fp32, and its tokenizer.
 

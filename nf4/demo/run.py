@@ -109,12 +109,14 @@ def run_demo(
     Raises:
         FileExistsError: out exists.
         FileNotFoundError: model or text is missing.
+        ModuleNotFoundError: a package of nf4[demo] is missing.
         ValueError: steps is below 1, or model or text cannot be used.
     """
     begin = time.perf_counter()
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     out = check_new(out, "out")
+    data.check_packages(model)
     torch.manual_seed(seed)
     with progress("Load the model", 1) as bar:
         dense, tokenizer = data.load_model(model)
