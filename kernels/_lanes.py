@@ -2,6 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+
+def has_shuffle(x: Tensor) -> bool:
+    """Return whether kernels on x may use NVIDIA's warp shuffles: what SHUFFLE is to be."""
+    return x.is_cuda and torch.version.hip is None
+
 
 def select_by_lane(entries: Sequence[str], kind: str, name: str) -> tuple[str, str]:
     """Return PTX that selects this lane's entry, and the register it ends up in.

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..codebook import absmax_map, nf4_levels
 from ._aot import Variant
 from ._decode import decode_absmax, decode_bytes
+from ._lanes import has_shuffle
 
 TILE_BYTES = 4096
 
@@ -91,7 +92,7 @@ def dequantize(
         BLOCK_BYTES=block_bytes,
         ROWS=rows,
         MASK_BYTES=0 if n % (rows * block_size) == 0 else 4 if n % 8 == 0 else 1,
-        SHUFFLE=packed.is_cuda and torch.version.hip is None,
+        SHUFFLE=has_shuffle(packed),
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..codebook import SMALLEST_ABSMAX
 from ._aot import Variant
 from ._encode import bucket_bases, bucket_thresholds, encode, reciprocal
+from ._lanes import has_shuffle
 
 TILE = 8192
 SMALLEST = tl.constexpr(SMALLEST_ABSMAX)
@@ -84,7 +85,7 @@ def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
             BLOCK_SIZE=block_size,
             ROWS=rows,
             WHOLE=n % (rows * block_size) == 0,
-            SHUFFLE=x.is_cuda and torch.version.hip is None,
+            SHUFFLE=has_shuffle(x),
             num_warps=4,
             enable_fp_fusion=False,
         )

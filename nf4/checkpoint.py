@@ -18,7 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nf4.convert import check_model, freeze_base, quantized_layers, replace_layers
+from nf4.convert import (
+    check_model,
+    freeze_base,
+    match_names,
+    quantized_layers,
+    replace_layers,
+)
 from nf4.files import check_new, new_folder
 from nf4.linear import LinearNF4, QLoRALinear, check_lora_options
 
@@ -301,8 +307,7 @@ def _target_modules(model: nn.Module, layers: dict[str, QLoRALinear]) -> list[st
     names = [_file_name(name) for name, _ in model.named_modules()]
     lists = (sorted({name.rpartition(".")[2] for name in layers}), sorted(layers))
     for targets in lists:
-        ends = tuple(f".{target}" for target in targets)
-        if {n for n in names if n in targets or n.endswith(ends)} == set(layers):
+        if match_names(names, targets) == set(layers):
             return targets
     return "|".join(re.escape(name) for name in sorted(layers))
 

@@ -189,9 +189,7 @@ def check_layer(name: str, layer: nn.Module) -> None:
     """Raise TypeError or ValueError, naming the layer, unless its weight can be quantized."""
     weight = dense_weight(layer).detach()
     check_weight(weight, f"{name}.weight")
-    if weight.is_meta or not weight.numel():
-        return
-    if not all(m.isfinite() for m in torch.aminmax(weight)):
+    if not weight.is_meta and not all(m.isfinite() for m in torch.aminmax(weight)):
         raise ValueError(f"{name}.weight: expected finite values, got NaN or an infinity")
 
 
@@ -206,6 +204,13 @@ def check_names(names: Iterable[str], name: str) -> tuple[str, ...]:
         if not isinstance(one, str):
             raise TypeError(f"{name}: expected names, got {one!r}")
     return found
+
+
+def match_names(names: Iterable[str], targets: Iterable[str]) -> set[str]:
+    """Return the names that a list of targets means to PEFT: equal, or ending in ``.target``."""
+    targets = tuple(targets)
+    ends = tuple(f".{target}" for target in targets)
+    return {name for name in names if name in targets or name.endswith(ends)}
 
 
 def _is_below(name: str, suffixes: Iterable[str]) -> bool:
@@ -234,8 +239,8 @@ def _match_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
             matched = {n: m for n, m in modules.items() if pattern.fullmatch(n)}
         else:
             targets = list(check_names(targets, "target_modules"))
-            ends = tuple(f".{t}" for t in targets)
-            matched = {n: m for n, m in modules.items() if n in targets or n.endswith(ends)}
+            named = match_names(modules, targets)
+            matched = {n: m for n, m in modules.items() if n in named}
     if not matched:
         kinds = sorted({n.rpartition(".")[2] for n in layers})
         raise ValueError(

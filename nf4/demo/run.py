@@ -197,7 +197,7 @@ def _race(
         from peft import LoraConfig, get_peft_model
 
     add_lora(quantized, r=R, lora_alpha=LORA_ALPHA)
-    targets = [name for name in quantized_layers(quantized)]
+    targets = list(quantized_layers(quantized))
     config = LoraConfig(r=R, lora_alpha=LORA_ALPHA, target_modules=targets)
     with _quiet():
         lora = get_peft_model(dense, config)
@@ -276,7 +276,9 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
