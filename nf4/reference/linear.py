@@ -1,12 +1,13 @@
-"""Multiply by a quantized weight: y = x @ W.T + bias.
+"""Multiply by a quantized weight: y = x @ W.T + bias, and the gradient dx = dy @ W.
 
-W is dequantized to the dtype of x, products are summed in fp32 (fp64 for fp64) and y is rounded
-once.
+W is dequantized to the dtype of x, products are summed in fp32 (fp64 for fp64) and the result is
+rounded once.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear as dense_linear
+
+from nf4.reference.dequantize import dequantize
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -14,30 +15,62 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x @ w.T + bias.
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    block_size: int,
+) -> Tensor:
+    """Return x @ W.T + bias.
 
     Args:
         x: floating ``[..., K]``.
-        w: dtype of x ``[N, K]``, dequantized.
-        bias: floating ``[N]`` or None.
+        packed: uint8, W ``[out_features, K]`` as in `dequantize`, with its scales.
+        absmax: as in `dequantize`.
+        absmax2: as in `dequantize`.
+        offset: as in `dequantize`.
+        bias: floating ``[out_features]`` or None.
+        out_features: N.
+        block_size: elements that share one absmax.
 
     Returns:
         dtype of x ``[..., N]``.
     """
     acc = accumulator(x.dtype)
-    return dense_linear(x.to(acc), w.to(acc), None if bias is None else bias.to(acc)).to(x.dtype)
+    shape = (out_features, x.shape[-1])
+    w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
+    y = x.to(acc) @ w.to(acc).T
+    return (y if bias is None else y + bias.to(acc)).to(x.dtype)
 
 
-def linear_backward(dy: Tensor, w: Tensor) -> Tensor:
-    """Return the gradient of x: dy @ w.
+def linear_backward(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    in_features: int,
+    block_size: int,
+) -> Tensor:
+    """Return the gradient of x: dy @ W.
 
     Args:
         dy: floating ``[..., N]``.
-        w: dtype of dy ``[N, K]``, dequantized.
+        packed: uint8, W ``[N, in_features]`` as in `dequantize`, with its scales.
+        absmax: as in `dequantize`.
+        absmax2: as in `dequantize`.
+        offset: as in `dequantize`.
+        in_features: K.
+        block_size: elements that share one absmax.
 
     Returns:
         dtype of dy ``[..., K]``.
     """
     acc = accumulator(dy.dtype)
+    shape = (dy.shape[-1], in_features)
+    w = dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
     return (dy.to(acc) @ w.to(acc)).to(dy.dtype)

@@ -1,0 +1,181 @@
+"""The operators compiled for a CPU: the reference's results, however the work is cut."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("numba", reason="nf4.cpu needs numba")
+
+import nf4
+from nf4 import operators, reference
+from nf4.codebook import BLOCK_SIZES
+from nf4.cpu import dequantize as cpu_dequantize
+from nf4.cpu import linear as cpu_linear
+from nf4.cpu import lora_linear as cpu_lora_linear
+from nf4.reference import dequantize as reference_dequantize
+from nf4.reference import linear as reference_linear
+from nf4.reference import lora_linear as reference_lora_linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def parts(q: nf4.NF4Tensor) -> tuple:
+    return q.packed, q.absmax, q.absmax2, q.offset
+
+
+def same_bits(ours: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Compare bit for bit; a NaN is any NaN, for PyTorch itself rounds it to two of them."""
+    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[ours.element_size()]
+    same = (ours.view(ints) == expected.view(ints)) | (ours.isnan() & expected.isnan())
+    return ours.dtype == expected.dtype and bool(same.all())
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (0, 64), (1,), (33,), (7, 33), (129, 130), (3, 4096)])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_cpu_dequantize_equals_reference(block_size, shape, dtype, double_quant) -> None:
+    q = nf4.quantize(torch.randn(shape), block_size, double_quant)
+    args = (*parts(q), shape, block_size, dtype)
+    ours = cpu_dequantize.dequantize(*args)
+    assert ours.shape == torch.Size(shape)
+    assert ours.untyped_storage().nbytes() == ours.nbytes
+    assert same_bits(ours, reference_dequantize.dequantize(*args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_dequantize_every_byte_and_scale(dtype) -> None:
+    scales = [1.0, 0.0, -1.0, 2.0**-126, 1e-45, 3.4e38, torch.inf, torch.nan]
+    absmax = torch.tensor(scales).repeat_interleave(8)
+    packed = torch.arange(256, dtype=torch.uint8).repeat(8)
+    args = (packed, absmax, None, None, (4096,), 64, dtype)
+    assert same_bits(cpu_dequantize.dequantize(*args), reference_dequantize.dequantize(*args))
+
+
+def test_cpu_dequantize_reads_strided_parts() -> None:
+    q = nf4.quantize(torch.randn(64, 64), double_quant=False)
+    packed = torch.stack([q.packed, q.packed + 1], dim=-1)[..., 0]
+    absmax = torch.stack([q.absmax, -q.absmax], dim=-1)[..., 0]
+    args = (None, None, (64, 64), 64, torch.float32)
+    ours = cpu_dequantize.dequantize(packed, absmax, *args)
+    assert torch.equal(ours, reference_dequantize.dequantize(q.packed, q.absmax, *args))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_cpu_dequantize_is_the_same_on_any_number_of_threads(threads, monkeypatch) -> None:
+    monkeypatch.setattr(cpu_dequantize, "GRAIN", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    q = nf4.quantize(torch.randn(37, 130))
+    args = (*parts(q), (37, 130), 64, torch.bfloat16)
+    assert same_bits(cpu_dequantize.dequantize(*args), reference_dequantize.dequantize(*args))
+
+
+FORK = """
+import os, torch, nf4
+from nf4.cpu import dequantize
+dequantize.GRAIN = 64
+torch.get_num_threads = lambda: 2
+q = nf4.quantize(torch.randn(64, 64))
+expected = nf4.dequantize(q)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(nf4.dequantize(q), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_cpu_threads_survive_a_fork() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+CASES = {
+    "whole_blocks": (5, 96, 128, 64),
+    "blocks_straddle_rows": (5, 37, 90, 64),
+    "odd": (3, 37, 45, 32),
+    "block_longer_than_a_slab": (3, 21, 100, 4096),
+    "one_row": (1, 64, 64, 64),
+    "no_rows": (0, 64, 64, 64),
+    "no_columns": (3, 8, 0, 64),
+}
+
+
+@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+def case(request, monkeypatch):
+    """A weight in slabs of about 1000 elements, with x and dy: M, N, K, block size."""
+    monkeypatch.setattr(cpu_linear, "SLAB", 1000)
+    m, n, k, block_size = request.param
+    q = nf4.quantize(torch.randn(n, k), block_size)
+    return torch.randn(m, k), torch.randn(m, n), q, torch.randn(n)
+
+
+def check_close(ours, expected, exact) -> None:
+    """Allow what another order of the sum costs, over the reference's own error against float64.
+
+    Both round the same factors and, once, the sum; fp32 sums of at most 128 products in another
+    order differ by less than 2^-18 of the result's norm here.
+    """
+    assert ours.dtype == expected.dtype and ours.shape == expected.shape
+    errors = [(t.double() - exact).norm() for t in (ours, expected)]
+    assert errors[0] <= errors[1] + 2**-18 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_linear_equals_reference(case, dtype) -> None:
+    x, dy, q, bias = case
+    n, k = q.shape
+    for method, inputs in (
+        ("linear", (x.to(dtype), *parts(q), bias, n, q.block_size)),
+        ("linear_backward", (dy.to(dtype), *parts(q), k, q.block_size)),
+    ):
+        ours, expected = (getattr(m, method)(*inputs) for m in (cpu_linear, reference_linear))
+        exact = getattr(reference_linear, method)(inputs[0].double(), *inputs[1:])
+        check_close(ours, expected, exact)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_lora_linear_equals_reference(case, dtype, dropout_p) -> None:
+    x, dy, q, bias = case
+    n, k = q.shape
+    seed = torch.tensor(7) if dropout_p else None
+    lora = (torch.randn(4, k), torch.randn(n, 4), 0.5, dropout_p, seed, q.block_size)
+    results = []
+    for module, dt in (
+        (cpu_lora_linear, dtype),
+        (reference_lora_linear, dtype),
+        (reference_lora_linear, torch.float64),
+    ):
+        y, t = module.lora_linear(x.to(dtype).to(dt), *parts(q), bias, *lora)
+        rows = (dy.to(dtype).to(dt), x.to(dtype).to(dt), t)
+        grads = module.lora_linear_backward(*rows, *parts(q), *lora, [True] * 4)
+        results.append((y, t, *grads))
+    for ours, expected, exact in zip(*results, strict=True):
+        check_close(ours, expected, exact)
+
+
+def test_cpu_memory_of_a_product_stays_below_the_weight_s() -> None:
+    q = nf4.quantize(torch.randn(4096, 1024))
+    x = torch.randn(1, 1024)
+    sizes = []
+    with torch.profiler.profile(profile_memory=True) as profile:
+        nf4.linear(x, q)
+    for event in profile.events():
+        sizes.append(event.cpu_memory_usage)
+    assert 0 < max(sizes) < 6 * 2**20 < 4 * 4096 * 1024
+
+
+def test_operators_fall_back_to_the_reference_without_numba(monkeypatch) -> None:
+    assert operators._implementation("dequantize", "cpu") is cpu_dequantize.dequantize
+    assert operators._implementation("dequantize", "xpu") is reference_dequantize.dequantize
+    monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: None)
+    operators._implementation.cache_clear()
+    try:
+        found = operators._implementation("lora_linear_backward", "cpu")
+        assert found is reference.lora_linear.lora_linear_backward
+    finally:
+        operators._implementation.cache_clear()
