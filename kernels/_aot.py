@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import _sass
+
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx90a", "gfx1100")
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
+_NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -47,87 +49,121 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiler made of a variant.
+    """What a compiler made of a variant. Of the loop with the tensor cores alone, if it has one.
 
     Attributes:
         registers: of each thread.
         spills: bytes of stack and local memory, where registers go that do not fit.
         shared: bytes of shared memory.
         instructions: in the listing, times threads, per weight; None on AMD.
+        cycles: model cycles per 32 weights of each pipe, see `_sass`; empty on AMD.
         memory: loads, stores and shuffles by width, such as ``{"LDG.128": 4}``; empty on AMD.
+        products: matrix products, and how many of them take W from registers.
+        warnings: what ptxas complained of, such as C7515: wgmma made to run one by one.
     """
 
     registers: int
     spills: int
     shared: int
     instructions: float | None = None
+    cycles: Counter[str] = field(default_factory=Counter)
     memory: Counter[str] = field(default_factory=Counter)
+    products: tuple[int, int] = (0, 0)
+    warnings: tuple[str, ...] = ()
 
 
-def compile_for(variant: Variant, target: str) -> Any:
-    """Compile a variant for ``"sm_90"``, ``"gfx942"`` and so on; the result's ``.asm`` has it."""
-    nvidia = target.startswith("sm_")
-    names = variant.kernel.arg_names
-    constants = {**variant.constants}
-    if "SHUFFLE" in names:
-        constants["SHUFFLE"] = nvidia
-    signature = {n: "constexpr" if n in constants else variant.signature[n] for n in names}
+def compile_kernel(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    divisible: Iterable[str],
+    target: str,
+    options: dict[str, Any],
+) -> Any:
+    """Compile a jit function without a device.
+
+    Args:
+        kernel: the jit function.
+        signature: type of each run-time argument, such as ``{"x_ptr": "*bf16", "n": "i32"}``.
+        constants: value of every other argument.
+        divisible: run-time arguments that are multiples of 16.
+        target: ``"sm_90"``, ``"gfx942"`` and so on.
+        options: num_warps, num_stages, enable_fp_fusion.
+
+    Returns:
+        Triton's compiled kernel; its ``asm`` has the PTX or the AMD assembly.
+    """
+    names = kernel.arg_names
     source = ASTSource(
-        fn=variant.kernel,
-        signature=signature,
+        fn=kernel,
+        signature={n: "constexpr" if n in constants else signature[n] for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={
-            (names.index(n),): [["tt.divisibility", 16]]
-            for n, kind in variant.signature.items()
-            if kind.startswith("*") or not variant.odd
-        },
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in divisible},
     )
-    if nvidia:
+    if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     else:
         gpu = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
-    options = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
     return triton.compile(source, target=gpu, options=options)
+
+
+def compile_for(variant: Variant, target: str) -> Any:
+    """Compile a variant for ``"sm_90"``, ``"gfx942"`` and so on; the result's ``asm`` has it."""
+    constants = {**variant.constants}
+    if "SHUFFLE" in variant.kernel.arg_names:
+        constants["SHUFFLE"] = target.startswith("sm_")
+    divisible = [
+        name for name, kind in variant.signature.items() if kind.startswith("*") or not variant.odd
+    ]
+    options = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
+    return compile_kernel(variant.kernel, variant.signature, constants, divisible, target, options)
 
 
 def report(variant: Variant, target: str) -> Report:
     """Compile a variant for a target and count."""
     compiled = compile_for(variant, target)
-    shared = compiled.metadata.shared
-    if not target.startswith("sm_"):
-        text = compiled.asm["amdgcn"]
-        registers, spilled, scratch = (
-            int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
-            for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-        )
-        return Report(registers, max(4 * spilled, scratch), shared)
-    usage, sass = _cuobjdump(compiled.asm["cubin"])
+    if target.startswith("sm_"):
+        return _report_nvidia(compiled, variant, target)
+    text = compiled.asm["amdgcn"]
+    registers, spilled, scratch = (
+        int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
+        for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    )
+    return Report(registers, max(4 * spilled, scratch), compiled.metadata.shared)
+
+
+def _report_nvidia(compiled: Any, variant: Variant, target: str) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = _run("cuobjdump", "-res-usage", cubin)
+        code = _sass.disassemble(cubin)
+        warnings: list[str] = []
+        if _sass.tensor_instructions(code):
+            arch = re.search(r"\.target\s+(\w+)", compiled.asm["ptx"])[1]  # type: ignore[index]
+            ptxas = "ptxas-blackwell" if int(target.removeprefix("sm_")) >= 100 else "ptxas"
+            listing = _run(ptxas, "-v", f"--gpu-name={arch}", ptx, "-o", cubin)
+            warnings = [line for line in listing.splitlines() if "warning" in line.lower()]
     registers, stack, local = (
         int(re.search(rf"{key}:(\d+)", usage)[1])  # type: ignore[index]
         for key in ("REG", "STACK", "LOCAL")
     )
-    opcodes = [op for op in _SASS.findall(sass) if not op.startswith("NOP")]
-    threads = 32 * variant.num_warps
-    memory = Counter(_width(op) for op in opcodes if op.startswith(("LD", "ST", "SHFL")))
+    work = _sass.main_loop(code) or code
+    scale = 32 * variant.num_warps / variant.elements
+    cycles = {pipe: n * scale for pipe, n in _sass.pipe_cycles(work).items()}
     return Report(
-        registers, stack + local, shared, len(opcodes) * threads / variant.elements, memory
+        registers,
+        stack + local,
+        compiled.metadata.shared,
+        len(work) * scale,
+        Counter(cycles),  # type: ignore[arg-type]
+        _sass.memory(work),
+        (_sass.tensor_instructions(work), _sass.products_from_registers(work)),
+        tuple(warnings),
     )
 
 
-def _cuobjdump(cubin: bytes) -> tuple[str, str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run(
-                [_CUOBJDUMP, flag, file.name], check=True, capture_output=True, text=True
-            ).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    return usage, sass
-
-
-def _width(opcode: str) -> str:
-    parts = opcode.split(".")
-    bits = next((p for p in parts if p in ("128", "64", "U16", "S16", "U8", "S8")), "32")
-    return f"{parts[0]}.{bits.lstrip('US')}"
+def _run(tool: str, *arguments: str | Path) -> str:
+    done = subprocess.run([_NVIDIA / tool, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr

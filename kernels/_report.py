@@ -51,3 +51,38 @@ def compile_all(
             rows.append(Row(variant.name, target, variant.num_warps, report(variant, target)))
             progress(f"{variant.name}, {target}")
     return rows
+
+
+_COLUMNS = (
+    "kernel",
+    "GPU",
+    "warps",
+    "registers",
+    "spills",
+    "shared",
+    "instructions / weight",
+    "cycles / 32 weights: issue, ALU, FMA, LSU",
+    "loads, stores, shuffles",
+)
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Return rows as a table in Markdown."""
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
+    for row in rows:
+        r = row.report
+        nvidia = r.instructions is not None
+        pipes = (r.cycles[pipe] for pipe in ("ISSUE", "ALU", "FMA", "LSU"))
+        cells = (
+            row.name,
+            row.target,
+            row.num_warps,
+            r.registers,
+            r.spills,
+            r.shared,
+            f"{r.instructions:.2f}" if nvidia else "",
+            ", ".join(f"{c:.1f}" for c in pipes) if nvidia else "",
+            ", ".join(f"{count} {op}" for op, count in sorted(r.memory.items())),
+        )
+        lines.append(tuple(map(str, cells)))
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

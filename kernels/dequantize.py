@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
+from . import _lanes
 from ._aot import Variant
 from ._decode import decode_absmax, decode_bytes
-from ._lanes import has_shuffle
 
 TILE_BYTES = 4096
 
@@ -71,10 +71,15 @@ def dequantize(
     shape: Sequence[int],
     block_size: int,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Dequantize to a dense tensor; arguments as in nf4/reference/dequantize.py."""
+    if out is not None and not out.is_contiguous():
+        parts = (packed, absmax, absmax2, offset)
+        return out.copy_(dequantize(*parts, shape, block_size, dtype))
     n = math.prod(shape)
-    out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    if out is None:
+        out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     if n == 0:
         return out
     block_bytes = block_size // 2
@@ -92,7 +97,7 @@ def dequantize(
         BLOCK_BYTES=block_bytes,
         ROWS=rows,
         MASK_BYTES=0 if n % (rows * block_size) == 0 else 4 if n % 8 == 0 else 1,
-        SHUFFLE=has_shuffle(packed),
+        SHUFFLE=_lanes.has_shuffle(packed),
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -2,11 +2,11 @@
 
     absmax[b] = max |x| over block b      code[i] = #{thresholds < x[i] * (1 / absmax)}
 
-One program takes 8192 elements. [-1, 1] is cut into 32 equal buckets; none holds two thresholds, so
-a code is one table lookup and one compare: base of the bucket, plus one above its threshold. The
-largest magnitude keeps NaN, so that a block that is not finite has an absmax that is not.
-Arithmetic and special cases as in nf4/reference/quantize.py. Moves 2 bytes in, 0.5 out and 0.06 of
-scales an element (bf16, block 64).
+One program takes 8192 elements, or 4096 where it needs masks. [-1, 1] is cut into 32 equal buckets;
+none holds two thresholds, so a code is one table lookup and one compare: base of the bucket, plus
+one above its threshold. The largest magnitude keeps NaN, so that a block that is not finite has an
+absmax that is not. Arithmetic and special cases as in nf4/reference/quantize.py. Moves 2 bytes in,
+0.5 out and 0.06 of scales an element (bf16, block 64).
 Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
 """
 
@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import SMALLEST_ABSMAX
+from . import _lanes
 from ._aot import Variant
 from ._encode import bucket_bases, bucket_thresholds, encode, reciprocal
-from ._lanes import has_shuffle
 
 TILE = 8192
+MASKED_TILE = 4096  # the masks take registers
 SMALLEST = tl.constexpr(SMALLEST_ABSMAX)
 
 
@@ -39,7 +40,7 @@ def _quantize_kernel(
     n,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,  # blocks a program
-    WHOLE: tl.constexpr,  # n is a multiple of what a program takes
+    MASK: tl.constexpr,  # 0: n is a multiple of what a program takes; 8: of 8; else 1
     SHUFFLE: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -47,7 +48,10 @@ def _quantize_kernel(
     offs = rows[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]  # [ROWS, BLOCK_SIZE]
     left = n - first * BLOCK_SIZE  # elements from this program's first on
     x_ptrs = x_ptr + first * BLOCK_SIZE + offs
-    x = tl.load(x_ptrs) if WHOLE else tl.load(x_ptrs, mask=offs < left, other=0.0)
+    if MASK == 0:
+        x = tl.load(x_ptrs)
+    else:  # whole groups of MASK elements are in or out, and so one load
+        x = tl.load(x_ptrs, mask=offs // MASK * MASK < left, other=0.0)
     x = x.to(tl.float32)
     absmax = tl.reduce(tl.abs(x), 1, _larger)
     absmax = tl.where(absmax < SMALLEST, 0.0, absmax)
@@ -61,20 +65,29 @@ def _quantize_kernel(
     packed = ((high << 4) | low).to(tl.uint8)
     byte_offs = rows[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
     packed_ptrs = packed_ptr + first * (BLOCK_SIZE // 2) + byte_offs
-    if WHOLE:
+    if MASK == 0:
         tl.store(packed_ptrs, packed)
     else:
-        tl.store(packed_ptrs, packed, mask=2 * byte_offs < left)
+        group: tl.constexpr = MASK // 2 if MASK > 1 else 1
+        tl.store(packed_ptrs, packed, mask=byte_offs // group * (2 * group) < left)
 
 
-def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize(
+    w: Tensor, block_size: int, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize w; arguments and results as in nf4/reference/quantize.py."""
     x = w.contiguous()
     n = x.numel()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(triton.cdiv(n, block_size), dtype=torch.float32, device=x.device)
+    if out is None:
+        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=x.device)
+        absmax = torch.empty(triton.cdiv(n, block_size), dtype=torch.float32, device=x.device)
+    else:
+        packed, absmax = out
     if n:
         rows = max(TILE // block_size, 1)
+        mask = 0 if n % (rows * block_size) == 0 else 8 if n % 8 == 0 else 1
+        if mask:
+            rows = max(MASKED_TILE // block_size, 1)
         _quantize_kernel[(triton.cdiv(n, rows * block_size),)](
             x,
             packed,
@@ -84,8 +97,8 @@ def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
             n,
             BLOCK_SIZE=block_size,
             ROWS=rows,
-            WHOLE=n % (rows * block_size) == 0,
-            SHUFFLE=has_shuffle(x),
+            MASK=mask,
+            SHUFFLE=_lanes.has_shuffle(x),
             num_warps=4,
             enable_fp_fusion=False,
         )
@@ -101,18 +114,19 @@ def variants() -> list[Variant]:
         "bases_ptr": "*i32",
         "n": "i32",
     }
-    cases = [(64, True, "bf16"), (64, False, "bf16"), (64, True, "fp32"), (4096, True, "bf16")]
+    masks = {0: "", 8: ", masked", 1: ", odd count"}
+    cases = [(64, 0, "bf16"), (64, 8, "bf16"), (64, 1, "bf16"), (64, 0, "fp32"), (4096, 0, "bf16")]
     made = []
-    for block_size, whole, dtype in cases:
-        rows = max(TILE // block_size, 1)
+    for block_size, mask, dtype in cases:
+        rows = max((MASKED_TILE if mask else TILE) // block_size, 1)
         made.append(
             Variant(
-                f"quantize, block {block_size}, {dtype}" + ("" if whole else ", masked"),
+                f"quantize, block {block_size}, {dtype}{masks[mask]}",
                 _quantize_kernel,
                 {"x_ptr": f"*{dtype}", **signature},
-                {"BLOCK_SIZE": block_size, "ROWS": rows, "WHOLE": whole},
+                {"BLOCK_SIZE": block_size, "ROWS": rows, "MASK": mask},
                 rows * block_size,
-                odd=not whole,
+                odd=mask == 1,
             )
         )
     return made

@@ -70,17 +70,23 @@ def _quantize_absmax_kernel(
         tl.store(offset_ptr, offset)
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_absmax(
+    absmax: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the scales; arguments and results as in nf4/reference/quantize_absmax.py."""
     blocks, device = absmax.numel(), absmax.device
-    codes = torch.empty(blocks, dtype=torch.uint8, device=device)
     parts2 = triton.cdiv(blocks, ABSMAX_BLOCK_SIZE)
-    absmax2 = torch.empty(parts2, dtype=torch.float32, device=device)
-    offset = torch.zeros((), dtype=torch.float32, device=device)
+    if out is None:
+        codes = torch.empty(blocks, dtype=torch.uint8, device=device)
+        absmax2 = torch.empty(parts2, dtype=torch.float32, device=device)
+        offset = torch.empty((), dtype=torch.float32, device=device)
+    else:
+        codes, absmax2, offset = out
     if not blocks:
-        return codes, absmax2, offset
+        return codes, absmax2, offset.zero_()
     parts = torch.empty(PARTS, dtype=torch.float64, device=device)
-    _sum_kernel[(PARTS,)](absmax, parts, blocks, PARTS=PARTS, TILE=TILE, num_warps=4)
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    _sum_kernel[(PARTS,)](absmax, parts, blocks, PARTS=PARTS, TILE=TILE, **options)
     _quantize_absmax_kernel[(parts2,)](
         absmax,
         parts,
@@ -91,8 +97,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         blocks,
         PARTS=PARTS,
         BLOCK=ABSMAX_BLOCK_SIZE,
-        num_warps=4,
-        enable_fp_fusion=False,
+        **options,
     )
     return codes, absmax2, offset
 

@@ -105,17 +105,7 @@ def _bench(options: argparse.Namespace) -> None:
     if options.json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
         return
-    columns = (
-        "kernel|GPU|warps|registers|spills|shared|instructions / weight|loads, stores, shuffles"
-    )
-    lines = [columns.split("|"), ["---"] * 8]
-    for row in rows:
-        r = row.report
-        per_weight = "" if r.instructions is None else f"{r.instructions:.2f}"
-        cells = (row.name, row.target, row.num_warps, r.registers, r.spills, r.shared, per_weight)
-        memory = ", ".join(f"{count} {op}" for op, count in sorted(r.memory.items()))
-        lines.append([*map(str, cells), memory])
-    sys.stdout.write("".join("| " + " | ".join(line) + " |\n" for line in lines))
+    sys.stdout.write(compiler.table(rows))
 
 
 def _free_folder(name: str) -> Path:

@@ -119,7 +119,7 @@ def model_error(
         w = dense_weight(layer)
         if w.is_meta:
             raise ValueError(f"{name}.weight: expected values to measure, got a meta tensor")
-        q = quantize(w, block_size, double_quant)
+        q = quantize(w, block_size, double_quant, check=True)
         kind = name.rpartition(".")[2]
         error = quantization_error(w, q)
         rows.append(LayerError(name, kind, tuple(w.shape), q.bits_per_weight, error))

@@ -15,7 +15,14 @@ from nf4.codebook import BLOCK_SIZES
 from nf4.tensor import DTYPES, NF4Tensor, check_nf4, packed_shape
 
 
-def quantize(w: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Tensor:
+def quantize(
+    w: Tensor,
+    block_size: int = 64,
+    double_quant: bool = True,
+    *,
+    check: bool | None = None,
+    out: NF4Tensor | None = None,
+) -> NF4Tensor:
     """Quantize a tensor to 4-bit NormalFloat.
 
     Args:
@@ -24,23 +31,33 @@ def quantize(w: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4T
             the flattened tensor; the last may be partial.
         double_quant: quantize the scales to 8 bits too: 4.127 instead of 4.5 bits per weight at
             block size 64.
+        check: whether to look for NaN and infinities. By default only where the answer costs no
+            waiting, on a CPU: a GPU would have to be waited for. Unchecked, a block that holds one
+            gets a scale that is not finite either, and never dequantizes to finite values.
+        out: an NF4Tensor to overwrite, quantized alike, on the device of w; it is returned.
 
     Returns:
         NF4Tensor on the device of w.
 
     Raises:
         TypeError: w is no dense tensor of a supported dtype, or block_size no integer.
-        ValueError: block_size is not supported, or w holds NaN or an infinity; the message names
-            the first such index.
+        ValueError: block_size is not supported, out does not fit, or w was checked and holds NaN or
+            an infinity; the message names the first such index, and out is as it was.
 
     Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
     """
     check_weight(w, "w")
     block_size = check_block_size(block_size)
-    if not isinstance(double_quant, bool):
-        raise TypeError(f"double_quant: expected a bool, got {type(double_quant).__name__}")
+    for name, value in (("double_quant", double_quant), ("check", check)):
+        if not isinstance(value, bool) and not (name == "check" and value is None):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    if check is None:
+        check = w.device.type == "cpu"
     w = w.detach()
-    packed, absmax = torch.ops.nf4.quantize(w, block_size)
+    if out is not None:
+        _check_quantize_out(out, w, block_size, double_quant)
+        return _quantize_into(out, w, check)
+    packed, absmax = torch.ops.nf4.quantize(w, block_size, check)
     packed = packed.view(packed_shape(w.shape))
     if not double_quant:
         return NF4Tensor(packed, absmax, w.shape, w.dtype, block_size)
@@ -48,28 +65,50 @@ def quantize(w: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4T
     return NF4Tensor(packed, codes, w.shape, w.dtype, block_size, absmax2, offset)
 
 
-def dequantize(q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _quantize_into(out: NF4Tensor, w: Tensor, check: bool) -> NF4Tensor:
+    packed = out.packed.detach()
+    if out.absmax2 is None or out.offset is None:
+        torch.ops.nf4.quantize_out(w, out.block_size, check, packed, out.absmax.detach())
+        return out
+    absmax = torch.empty_like(out.absmax, dtype=torch.float32)
+    torch.ops.nf4.quantize_out(w, out.block_size, check, packed, absmax)
+    parts = (out.absmax.detach(), out.absmax2.detach(), out.offset.detach())
+    torch.ops.nf4.quantize_absmax_out(absmax, *parts)
+    return out
+
+
+def dequantize(
+    q: NF4Tensor, dtype: torch.dtype | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Return the dense tensor that q stands for.
 
     Args:
         q: a quantized tensor.
-        dtype: floating dtype of the result; that of the quantized tensor by default.
+        dtype: floating dtype of the result; that of the quantized tensor, or of out, by default.
+        out: floating ``q.shape`` on the device of q, of any strides; it is overwritten and
+            returned.
 
     Returns:
         dtype ``q.shape``: level times scale in fp32, rounded once.
 
     Raises:
         TypeError: q is no NF4Tensor, or dtype not floating.
-        ValueError: the parts of q do not fit together.
+        ValueError: the parts of q do not fit together, or out does not fit q.
     """
     check_nf4(q)
+    if out is not None:
+        _check_dequantize_out(out, q, dtype)
+        torch.ops.nf4.dequantize_out(
+            q.packed, q.absmax, q.absmax2, q.offset, q.block_size, out.detach()
+        )
+        return out
     dtype = q.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype}")
-    out: Tensor = torch.ops.nf4.dequantize(
+    result: Tensor = torch.ops.nf4.dequantize(
         q.packed, q.absmax, q.absmax2, q.offset, list(q.shape), q.block_size, dtype
     )
-    return out
+    return result
 
 
 def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
@@ -198,6 +237,29 @@ def _check_floating(tensor: Tensor, name: str, q: NF4Tensor) -> None:
         raise ValueError(
             f"{name}: expected device {q.packed.device}, where the weight is, got {tensor.device}"
         )
+
+
+def _check_quantize_out(out: NF4Tensor, w: Tensor, block_size: int, double_quant: bool) -> None:
+    check_nf4(out, "out")
+    found = (tuple(out.shape), out.dtype, out.block_size, out.double_quant, out.device)
+    expected = (tuple(w.shape), w.dtype, block_size, double_quant, w.device)
+    if found != expected:
+        names = ("shape", "dtype", "block_size", "double_quant", "device")
+        pairs = zip(names, expected, found, strict=True)
+        wrong = "; ".join(f"{n}: expected {e}, got {f}" for n, e, f in pairs if e != f)
+        raise ValueError(f"out: expected an NF4Tensor that fits w, got {wrong}")
+    if not all(part.is_contiguous() for part in out.tensors()):
+        raise ValueError("out: expected contiguous parts, got strided ones")
+
+
+def _check_dequantize_out(out: Tensor, q: NF4Tensor, dtype: torch.dtype | None) -> None:
+    _check_floating(out, "out", q)
+    if dtype is not None and dtype != out.dtype:
+        raise TypeError(f"dtype: expected {out.dtype} like out, got {dtype}")
+    if out.shape != q.shape:
+        raise ValueError(f"out: expected shape {tuple(q.shape)} like q, got {tuple(out.shape)}")
+    if out.requires_grad:
+        raise ValueError("out: expected a tensor that needs no gradient, got one that does")
 
 
 def _check_seed(seed: Tensor, q: NF4Tensor) -> None:

@@ -124,7 +124,8 @@ class LinearNF4(nn.Module):
         """
         weight = dense_weight(linear)
         bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
-        layer = cls.from_weight(quantize(weight, block_size, double_quant), bias, **options)
+        q = quantize(weight, block_size, double_quant, check=True)
+        layer = cls.from_weight(q, bias, **options)
         return layer.train(linear.training)
 
     @classmethod

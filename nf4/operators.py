@@ -40,8 +40,10 @@ def _define(
 
 
 # What replaces references on a kind of device: a package, what it needs, the operators it has
+_KERNELS = ("nf4.kernels", "triton", ("quantize", "quantize_absmax", "dequantize"))
 _FASTER = {
-    "cuda": ("nf4.kernels", "triton", ("quantize", "quantize_absmax", "dequantize")),
+    "cuda": _KERNELS,  # ROCm calls itself cuda too
+    "xpu": _KERNELS,
     "cpu": ("nf4.cpu", "numba", ("dequantize", "linear", "lora_linear")),
 }
 
@@ -64,6 +66,10 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
+def _nothing(*args: Any) -> None:
+    """Fake what writes to its arguments and returns nothing."""
+
+
 def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
     raise NotImplementedError(
         "nf4: the gradient of a gradient is not implemented; "
@@ -74,21 +80,30 @@ def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 # --- quantize
 
 
-def _quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _quantize(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
     packed, absmax = _implementation("quantize", w.device.type)(w, block_size)
-    if not torch.isfinite(absmax).all():
+    if check and not torch.isfinite(absmax).all():
         position = (~torch.isfinite(w.reshape(-1))).nonzero()[0, 0].cpu()
         index = tuple(int(i) for i in torch.unravel_index(position, w.shape))
         raise ValueError(f"w: expected finite values, got {w[index].item()} at index {index}")
     return packed, absmax
 
 
-def _quantize_fake(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _quantize_fake(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
     n = w.numel()
     return (
         w.new_empty((n + 1) // 2, dtype=torch.uint8),
         w.new_empty((n + block_size - 1) // block_size, dtype=torch.float32),
     )
+
+
+def _quantize_out(w: Tensor, block_size: int, check: bool, packed: Tensor, absmax: Tensor) -> None:
+    out = (packed.view(-1), absmax)
+    if check:  # nothing is written before the check
+        for target, value in zip(out, _quantize(w, block_size, check), strict=True):
+            target.copy_(value)
+    else:
+        _implementation("quantize", w.device.type)(w, block_size, out)
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,6 +116,10 @@ def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = (absmax.numel() + ABSMAX_BLOCK_SIZE - 1) // ABSMAX_BLOCK_SIZE
     codes = torch.empty_like(absmax, dtype=torch.uint8)
     return codes, absmax.new_empty(blocks), absmax.new_empty(())
+
+
+def _quantize_absmax_out(absmax: Tensor, codes: Tensor, absmax2: Tensor, offset: Tensor) -> None:
+    _implementation("quantize_absmax", absmax.device.type)(absmax, (codes, absmax2, offset))
 
 
 # --- dequantize
@@ -121,6 +140,18 @@ def _dequantize_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
+
+
+def _dequantize_out(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    block_size: int,
+    out: Tensor,
+) -> None:
+    weight = (packed, absmax, absmax2, offset)
+    _dequantize(*weight, out.shape, block_size, out.dtype, out)
 
 
 # --- linear
@@ -218,7 +249,18 @@ def _lora_linear_autograd(ctx: Any, dy: Tensor, dt: None) -> tuple[Tensor | None
     return dx, None, None, None, None, dbias, dA, dB, None, None, None, None
 
 
-_define("quantize", "(Tensor w, int block_size) -> (Tensor, Tensor)", _quantize, _quantize_fake)
+_define(
+    "quantize",
+    "(Tensor w, int block_size, bool check) -> (Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
+)
+_define(
+    "quantize_out",
+    "(Tensor w, int block_size, bool check, Tensor(a!) packed, Tensor(b!) absmax) -> ()",
+    _quantize_out,
+    _nothing,
+)
 _define(
     "quantize_absmax",
     "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
@@ -226,10 +268,22 @@ _define(
     _quantize_absmax_fake,
 )
 _define(
+    "quantize_absmax_out",
+    "(Tensor absmax, Tensor(a!) codes, Tensor(b!) absmax2, Tensor(c!) offset) -> ()",
+    _quantize_absmax_out,
+    _nothing,
+)
+_define(
     "dequantize",
     f"({_WEIGHT}, SymInt[] shape, int block_size, ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,
+)
+_define(
+    "dequantize_out",
+    f"({_WEIGHT}, int block_size, Tensor(a!) out) -> ()",
+    _dequantize_out,
+    _nothing,
 )
 _define(
     "linear_backward",

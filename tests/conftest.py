@@ -40,6 +40,18 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(params=["sm_80", "sm_90"])
+def emulate(request):
+    """Run launches on CPU tensors as compiled for an NVIDIA GPU, without one."""
+    pytest.importorskip("triton", reason="nf4's kernels need Triton")
+    if INTERPRETED:
+        pytest.skip("the interpreter replaces the compiler")
+    from emulator import emulated
+
+    with emulated(request.param) as emulation:
+        yield emulation
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

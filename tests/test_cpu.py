@@ -171,7 +171,7 @@ def test_cpu_memory_of_a_product_stays_below_the_weight_s() -> None:
 
 def test_operators_fall_back_to_the_reference_without_numba(monkeypatch) -> None:
     assert operators._implementation("dequantize", "cpu") is cpu_dequantize.dequantize
-    assert operators._implementation("dequantize", "xpu") is reference_dequantize.dequantize
+    assert operators._implementation("dequantize", "mps") is reference_dequantize.dequantize
     monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: None)
     operators._implementation.cache_clear()
     try:

@@ -21,16 +21,35 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_compiler = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
 
 
-@needs_compiler
-def test_kernels_match_their_references_in_the_interpreter() -> None:
-    """Run what is marked `kernel` in a process whose Triton interprets."""
+def run_kernel_tests(*arguments: str, **environment: str) -> str:
+    """Run the kernels' test files in a process of its own; return what pytest printed."""
     files = [f"tests/test_{op}.py" for op in OPS]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel", "--no-cov", *files]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
-    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "--no-cov", *arguments, *files]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
+    environment = {**inherited, "CUDA_VISIBLE_DEVICES": "", **environment}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "skipped" not in done.stdout and "passed" in done.stdout
+    return done.stdout
+
+
+@needs_compiler
+def test_kernels_match_their_references_in_the_interpreter() -> None:
+    run_kernel_tests("-m", "kernel", TRITON_INTERPRET="1")
+
+
+OLDEST = ROOT / ".venv" / "triton-3.6"
+needs_oldest = pytest.mark.skipif(
+    INTERPRETED or not OLDEST.is_dir() or "triton-3.6" in _aot.triton.__file__,
+    reason="needs the oldest supported Triton in .venv/triton-3.6, where make test puts it",
+)
+
+
+@needs_oldest
+def test_kernels_match_their_references_with_the_oldest_triton() -> None:
+    oldest = {"PYTHONPATH": str(OLDEST)}
+    run_kernel_tests("-k", "ptx or compiles", "tests/test_kernels.py", **oldest)
+    run_kernel_tests("-m", "kernel", "-k", "not 512 and not 4096", **oldest, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -47,11 +66,12 @@ def test_kernel_has_the_signature_of_its_reference(op) -> None:
 BUDGETS = {
     "dequantize, block 64, bf16": 7.0,
     "dequantize, block 64, bf16, masked": 7.0,
-    "dequantize, block 64, bf16, odd count": 18.0,
+    "dequantize, block 64, bf16, odd count": 20.0,
     "dequantize, block 64, fp32": 7.0,
     "dequantize, block 4096, bf16": 7.0,
     "quantize, block 64, bf16": 17.0,
-    "quantize, block 64, bf16, masked": 30.0,
+    "quantize, block 64, bf16, masked": 22.0,
+    "quantize, block 64, bf16, odd count": 33.0,
     "quantize, block 64, fp32": 20.0,
     "quantize, block 4096, bf16": 17.0,
     "quantize_absmax, sum": 45.0,

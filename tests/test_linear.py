@@ -105,7 +105,7 @@ def test_linear_and_dequantize_pass_opcheck(double_quant) -> None:
     x, bias = torch.randn(5, 64, requires_grad=True), torch.randn(12, requires_grad=True)
     torch.use_deterministic_algorithms(False)
     opcheck, ops = torch.library.opcheck, torch.ops.nf4
-    opcheck(ops.quantize.default, (w, 32))
+    opcheck(ops.quantize.default, (w, 32, True))
     opcheck(ops.quantize_absmax.default, (torch.rand(300),))
     opcheck(ops.dequantize.default, (*parts, [12, 64], 32, torch.bfloat16))
     opcheck(ops.linear.default, (x, *parts, bias, 12, 32))

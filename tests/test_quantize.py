@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import lazy_zeros
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -218,17 +219,73 @@ def test_quantize_measures_the_known_error_on_normal_weights(block_size) -> None
     assert abs(mae - MAE[block_size]) < 4 * SIGMA[block_size]
 
 
-KERNEL_SHAPES = [(64, 64), (7, 33), (129, 130), (1,), (), (0, 64), (3, 4096), (300, 72)]
+def test_quantize_into_out() -> None:
+    for shape, double_quant in (((12, 64), True), ((7, 33), True), ((5, 130), False)):
+        out = nf4.quantize(torch.randn(shape), double_quant=double_quant)
+        pointers = [part.data_ptr() for part in out.tensors()]
+        w = torch.randn(shape)
+        assert nf4.quantize(w, double_quant=double_quant, out=out) is out
+        assert pointers == [part.data_ptr() for part in out.tensors()]
+        for part, expected in zip(
+            out.tensors(), nf4.quantize(w, double_quant=double_quant).tensors(), strict=True
+        ):
+            assert torch.equal(part, expected)
+
+
+def test_quantize_leaves_out_as_it_was_when_a_value_is_not_finite() -> None:
+    out = nf4.quantize(torch.randn(4, 64))
+    before = [part.clone() for part in out.tensors()]
+    w = torch.randn(4, 64)
+    w[2, 3] = torch.inf
+    with pytest.raises(ValueError, match=r"got inf at index \(2, 3\)"):
+        nf4.quantize(w, out=out)
+    for part, expected in zip(out.tensors(), before, strict=True):
+        assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_quantize_unchecked_never_gives_finite_values_for_a_block_that_is_not(
+    bad, double_quant
+) -> None:
+    w = torch.randn(8, 64)
+    w[3, 5] = bad
+    q = nf4.quantize(w, double_quant=double_quant, check=False)
+    out = nf4.dequantize(q)
+    assert not out[3].isfinite().any()
+    if not double_quant:
+        assert out.isfinite().sum() == 7 * 64
+
+
+KERNEL_SHAPES = [(7, 33), (129, 130), (), (0, 64), (3, 4096), (300, 72)]
+KERNEL_BLOCK_SIZES = (32, 64, 512, 4096)
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", KERNEL_SHAPES, ids=str)
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("block_size", KERNEL_BLOCK_SIZES)
 def test_quantize_kernel_matches_reference(block_size, shape, dtype, device) -> None:
     from nf4.kernels import quantize as kernel
 
-    w = torch.randn(shape).to(device, dtype)
+    check_kernel(kernel, torch.randn(shape).to(device, dtype), block_size)
+
+
+def threshold_neighbours() -> torch.Tensor:
+    """Return rows of 64 with an absmax of 1: bucket edges, thresholds, and four steps around."""
+    points = torch.cat([torch.tensor(nf4_thresholds()), torch.arange(-16, 17) / 16])
+    steps = [points]
+    for direction in (-torch.inf, torch.inf):
+        near = points
+        for _ in range(4):
+            near = torch.nextafter(near, torch.full_like(near, direction))
+            steps.append(near)
+    x = torch.cat(steps).clamp(-1, 1)
+    x = torch.cat([x, x.new_zeros(-len(x) % 63)]).view(-1, 63)
+    return torch.cat([x, torch.ones(len(x), 1)], dim=1)
+
+
+def check_kernel(kernel, w: torch.Tensor, block_size: int = 64) -> None:
     for ours, expected in zip(
         kernel.quantize(w, block_size), reference.quantize(w, block_size), strict=True
     ):
@@ -239,18 +296,7 @@ def test_quantize_kernel_matches_reference(block_size, shape, dtype, device) -> 
 def test_quantize_kernel_bucket_edges_thresholds_and_their_neighbours(device) -> None:
     from nf4.kernels import quantize as kernel
 
-    points = torch.cat([torch.tensor(nf4_thresholds()), torch.arange(-16, 17) / 16])
-    steps = [points]
-    for direction in (-torch.inf, torch.inf):
-        near = points
-        for _ in range(4):
-            near = torch.nextafter(near, torch.full_like(near, direction))
-            steps.append(near)
-    x = torch.cat(steps).clamp(-1, 1)
-    x = torch.cat([x, x.new_zeros(-len(x) % 63)]).view(-1, 63)
-    w = torch.cat([x, torch.ones(len(x), 1)], dim=1).to(device)
-    for ours, expected in zip(kernel.quantize(w, 64), reference.quantize(w, 64), strict=True):
-        assert torch.equal(ours, expected)
+    check_kernel(kernel, threshold_neighbours().to(device))
 
 
 @pytest.mark.kernel
@@ -258,9 +304,7 @@ def test_quantize_kernel_bucket_edges_thresholds_and_their_neighbours(device) ->
 def test_quantize_kernel_special_blocks(largest, device) -> None:
     from nf4.kernels import quantize as kernel
 
-    w = torch.linspace(-1, 1, 64, device=device) * largest
-    for ours, expected in zip(kernel.quantize(w, 64), reference.quantize(w, 64), strict=True):
-        assert torch.equal(ours, expected)
+    check_kernel(kernel, torch.linspace(-1, 1, 64, device=device) * largest)
 
 
 @pytest.mark.kernel
@@ -280,6 +324,79 @@ def test_quantize_kernel_takes_views(device) -> None:
     from nf4.kernels import quantize as kernel
 
     for w in (torch.randn(96, 64).T, torch.randn(64, 200)[:, 3:131], torch.randn(999)[1:]):
-        w = w.to(device)
-        for ours, expected in zip(kernel.quantize(w, 64), reference.quantize(w, 64), strict=True):
-            assert torch.equal(ours, expected)
+        check_kernel(kernel, w.to(device))
+
+
+PTX_CASES = {
+    "whole_bf16": ((128, 64), 64, torch.bfloat16),
+    "masked_bf16": ((129, 136), 64, torch.bfloat16),
+    "odd_fp16": ((7, 33), 32, torch.float16),
+    "even_fp32": ((5, 30), 32, torch.float32),
+    "long_blocks": ((300, 72), 4096, torch.bfloat16),
+    "two_programs": ((257, 64), 64, torch.float32),
+}
+
+
+@pytest.mark.parametrize("case", PTX_CASES.values(), ids=PTX_CASES.keys())
+def test_quantize_ptx_matches_reference(case, emulate) -> None:
+    from nf4.kernels import quantize as kernel
+
+    shape, block_size, dtype = case
+    check_kernel(kernel, torch.randn(shape).to(dtype), block_size)
+    assert emulate.launches == ["_quantize_kernel"]
+
+
+def test_quantize_ptx_bucket_edges_thresholds_and_special_blocks(emulate) -> None:
+    from nf4.kernels import quantize as kernel
+
+    largest = torch.tensor([0.0, 1e-45, 1.1754942e-38, 2.0**-126, 2.0**126, 3.4028235e38])
+    special = largest[:, None] * torch.linspace(-1, 1, 64)
+    check_kernel(kernel, torch.cat([threshold_neighbours(), special]))
+
+
+def test_quantize_ptx_shows_nan_and_infinity_in_absmax(emulate) -> None:
+    from nf4.kernels import quantize as kernel
+
+    w = torch.randn(5, 64)
+    w[1, 6], w[2, 0], w[4, 63] = torch.nan, torch.inf, -torch.inf
+    _, absmax = kernel.quantize(w, 64)
+    assert absmax.isfinite().tolist() == [True, False, False, True, False]
+
+
+def test_quantize_ptx_past_2_31_elements(emulate) -> None:
+    from nf4.kernels import quantize as kernel
+
+    n = 2**31 + 3 * 8192
+    w = lazy_zeros(n, torch.bfloat16)
+    out = lazy_zeros(n // 2, torch.uint8), lazy_zeros(n // 64, torch.float32)
+    w[-8192:] = torch.randn(8192)
+    emulate.programs = [(n // 8192 - 1, 0, 0)]
+    kernel.quantize(w, 64, out)
+    packed, absmax = reference.quantize(w[-8192:], 64)
+    assert torch.equal(out[0][-4096:], packed) and torch.equal(out[1][-128:], absmax)
+    assert not out[0][-8192:-4096].any() and not out[1][:128].any()
+
+
+MISTAKES = {
+    "load_mask": ("quantize", "mask=offs // MASK * MASK < left", "mask=offs < left + 1"),
+    "store_mask": ("quantize", "group * (2 * group) < left)", "group * (2 * group) + 2 < left)"),
+    "absmax_mask": ("quantize", "mask=rows * BLOCK_SIZE < left", "mask=rows < left"),
+    "offset": ("quantize", "x_ptr + first * BLOCK_SIZE", "x_ptr + first * BLOCK_SIZE // 2"),
+    "nibbles_swapped": ("quantize", "(high << 4) | low", "(low << 4) | high"),
+    "absmax_without_sign": ("quantize", "tl.abs(x)", "x"),
+    "threshold_of_the_next_bucket": ("_encode", "$2, i, 0x1f", "$2, i, 0xf"),
+    "tie_goes_up": ("_encode", "setp.gt.f32", "setp.ge.f32"),
+    "approximate_reciprocal": ("_encode", "rcp.rn.f32", "rcp.approx.f32"),
+    "subnormal_block": ("quantize", "absmax < SMALLEST", "absmax < 0"),
+}
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_quantize_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_path) -> None:
+    from mutants import is_noticed, mutant
+
+    wrong = mutant("quantize", *mistake, tmp_path)
+    cases = [(torch.randn(s).to(d), b) for s, b, d in PTX_CASES.values()]
+    cases += [(threshold_neighbours(), 64), (torch.linspace(-1, 1, 64) * 2.0**-127, 64)]
+    assert is_noticed(check_kernel, ((wrong, *case) for case in cases))

@@ -98,3 +98,48 @@ def test_quantize_absmax_kernel_ties_and_equal_scales(device) -> None:
             kernel.quantize_absmax(absmax), quantize_absmax(absmax), strict=True
         ):
             assert torch.equal(ours, expected)
+
+
+def check_kernel(kernel, absmax: torch.Tensor) -> None:
+    for ours, expected in zip(kernel.quantize_absmax(absmax), quantize_absmax(absmax), strict=True):
+        assert torch.equal(ours, expected)
+
+
+PTX_CASES = [torch.rand(n) + 0.01 for n in (1, 255, 257, 2000)] + [torch.full((300,), 3.7)]
+
+
+@pytest.mark.parametrize("absmax", PTX_CASES, ids=lambda t: f"{len(t)}")
+def test_quantize_absmax_ptx_matches_reference(absmax, emulate) -> None:
+    from nf4.kernels import quantize_absmax as kernel
+
+    check_kernel(kernel, absmax)
+    assert emulate.launches == ["_sum_kernel", "_quantize_absmax_kernel"]
+
+
+def test_quantize_absmax_ptx_ties(emulate) -> None:
+    from nf4.kernels import quantize_absmax as kernel
+
+    middles = (MAP[1:] + MAP[:-1]) / 2
+    check_kernel(kernel, torch.cat([middles, -middles, torch.ones(1), -torch.ones(1)]))
+
+
+MISTAKES = {
+    "sum_mask": ("mask=offs < blocks, other=0.0).to", "mask=offs <= blocks, other=0.0).to"),
+    "mask": ("mask = offs < blocks", "mask = offs < blocks + 1"),
+    "part_left_out": ("start + tl.arange(0, TILE)", "start + 1 + tl.arange(0, TILE)"),
+    "mean_in_fp32": ("axis=0) / blocks", "axis=0).to(tl.float32) / blocks"),
+    "sign_lost": ("tl.max(tl.abs(d)", "tl.max(d"),
+    "tie_goes_up": ("scaled > tl.load", "scaled >= tl.load"),
+    "one_step_too_few": ("tl.static_range(8)", "tl.static_range(7)"),
+}
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_quantize_absmax_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_path) -> None:
+    from mutants import is_noticed, mutant
+
+    wrong = mutant("quantize_absmax", "quantize_absmax", *mistake, tmp_path)
+    middles = (MAP[1:] + MAP[:-1]) / 2
+    ties = torch.cat([middles, -middles, torch.ones(1), -torch.ones(1)])
+    assert is_noticed(check_kernel, ((wrong, absmax) for absmax in (ties, *PTX_CASES)))

@@ -143,12 +143,16 @@ def dequantize(
     shape: Sequence[int],
     block_size: int,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Dequantize to a dense tensor; arguments as in nf4/reference/dequantize.py."""
-    direct = dtype in (torch.float32, torch.bfloat16)
     n = math.prod(shape)
-    out = torch.empty(n + n % 2, dtype=dtype if direct else torch.float32)
-    dequantize_blocks(as_weight(packed, absmax, absmax2, offset, block_size), 0, out)
-    if n % 2:
-        out = out[:n].clone()
-    return out.to(dtype).view(tuple(shape))
+    weight = as_weight(packed, absmax, absmax2, offset, block_size)
+    direct = dtype in (torch.float32, torch.bfloat16)
+    if out is not None and direct and out.is_contiguous() and n % 2 == 0:
+        dequantize_blocks(weight, 0, out.view(-1))
+        return out
+    flat = torch.empty(n + n % 2, dtype=dtype if direct else torch.float32)
+    dequantize_blocks(weight, 0, flat)
+    values = flat[:n].to(dtype, copy=n % 2 == 1).view(tuple(shape))
+    return values if out is None else out.copy_(values)

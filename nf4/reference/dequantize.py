@@ -24,6 +24,7 @@ def dequantize(
     shape: Sequence[int],
     block_size: int,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Dequantize to a dense tensor.
 
@@ -35,6 +36,7 @@ def dequantize(
         shape: sizes of the result, n elements in all.
         block_size: elements that share one absmax.
         dtype: floating dtype of the result.
+        out: where to write it, dtype ``shape``; new by default.
 
     Returns:
         dtype ``shape``.
@@ -43,5 +45,6 @@ def dequantize(
         absmax = dequantize_absmax(absmax, absmax2, offset)
     byte = as_blocks(packed, block_size // 2).int()
     levels = embedding(byte, nf4_byte_levels(packed.device)).view(-1, block_size)
-    out = levels.mul_(absmax[:, None]).to(dtype)
-    return out.view(-1)[: math.prod(shape)].view(tuple(shape))
+    rounded = levels.mul_(absmax[:, None]).to(dtype)
+    rounded = rounded.view(-1)[: math.prod(shape)].view(tuple(shape))
+    return rounded if out is None else out.copy_(rounded)

@@ -14,12 +14,15 @@ from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
 from nf4.reference._blocks import as_blocks
 
 
-def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def quantize(
+    w: Tensor, block_size: int, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize w.
 
     Args:
         w: float32, float16 or bfloat16, any shape.
         block_size: elements that share one absmax.
+        out: where to write the results; new by default.
 
     Returns:
         packed: uint8 ``[ceil(n / 2)]`` for n elements.
@@ -33,4 +36,5 @@ def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     for threshold in nf4_thresholds():
         codes += (scaled > threshold).view(torch.uint8)
     codes = codes.view(-1)[: w.numel() + w.numel() % 2]
-    return codes[0::2] << 4 | codes[1::2], absmax
+    packed = codes[0::2] << 4 | codes[1::2]
+    return (packed, absmax) if out is None else (out[0].copy_(packed), out[1].copy_(absmax))

@@ -14,11 +14,14 @@ from nf4.codebook import ABSMAX_BLOCK_SIZE, SMALLEST_ABSMAX, absmax_thresholds
 from nf4.reference._blocks import as_blocks
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_absmax(
+    absmax: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the scales of `quantize`.
 
     Args:
         absmax: float32 ``[blocks]``.
+        out: where to write the results; new by default.
 
     Returns:
         codes: uint8 ``[blocks]``.
@@ -31,4 +34,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absmax2 = torch.where(absmax2 < SMALLEST_ABSMAX, 0.0, absmax2)
     scaled = d * torch.where(absmax2 == 0, 0.0, 1 / absmax2)[:, None]
     codes = torch.bucketize(scaled, absmax_thresholds(absmax.device), out_int32=True)
-    return codes.view(-1)[: absmax.numel()].to(torch.uint8), absmax2, offset
+    codes = codes.view(-1)[: absmax.numel()].to(torch.uint8)
+    if out is None:
+        return codes, absmax2, offset
+    return out[0].copy_(codes), out[1].copy_(absmax2), out[2].copy_(offset)
