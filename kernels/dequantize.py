@@ -85,7 +85,7 @@ def dequantize(
     block_bytes = block_size // 2
     rows = max(TILE_BYTES // block_bytes, 1)
     levels = nf4_levels(packed.device)
-    _dequantize_kernel[(triton.cdiv(n, rows * block_size),)](
+    _dequantize_kernel[(-(-n // (rows * block_size)),)](
         packed,
         absmax,
         levels if absmax2 is None else absmax2,

@@ -80,7 +80,7 @@ def quantize(
     n = x.numel()
     if out is None:
         packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=x.device)
-        absmax = torch.empty(triton.cdiv(n, block_size), dtype=torch.float32, device=x.device)
+        absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
     else:
         packed, absmax = out
     if n:
@@ -88,7 +88,7 @@ def quantize(
         mask = 0 if n % (rows * block_size) == 0 else 8 if n % 8 == 0 else 1
         if mask:
             rows = max(MASKED_TILE // block_size, 1)
-        _quantize_kernel[(triton.cdiv(n, rows * block_size),)](
+        _quantize_kernel[(-(-n // (rows * block_size)),)](
             x,
             packed,
             absmax,

@@ -75,7 +75,7 @@ def quantize_absmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the scales; arguments and results as in nf4/reference/quantize_absmax.py."""
     blocks, device = absmax.numel(), absmax.device
-    parts2 = triton.cdiv(blocks, ABSMAX_BLOCK_SIZE)
+    parts2 = -(-blocks // ABSMAX_BLOCK_SIZE)
     if out is None:
         codes = torch.empty(blocks, dtype=torch.uint8, device=device)
         absmax2 = torch.empty(parts2, dtype=torch.float32, device=device)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nf4 import operators as _operators  # noqa: F401  (registers torch.ops.nf4)
 from nf4.codebook import BLOCK_SIZES
+from nf4.operators import call
 from nf4.tensor import DTYPES, NF4Tensor, check_nf4, packed_shape
 
 
@@ -57,23 +57,23 @@ def quantize(
     if out is not None:
         _check_quantize_out(out, w, block_size, double_quant)
         return _quantize_into(out, w, check)
-    packed, absmax = torch.ops.nf4.quantize(w, block_size, check)
+    packed, absmax = call("quantize", w, block_size, check)
     packed = packed.view(packed_shape(w.shape))
     if not double_quant:
         return NF4Tensor(packed, absmax, w.shape, w.dtype, block_size)
-    codes, absmax2, offset = torch.ops.nf4.quantize_absmax(absmax)
+    codes, absmax2, offset = call("quantize_absmax", absmax)
     return NF4Tensor(packed, codes, w.shape, w.dtype, block_size, absmax2, offset)
 
 
 def _quantize_into(out: NF4Tensor, w: Tensor, check: bool) -> NF4Tensor:
     packed = out.packed.detach()
     if out.absmax2 is None or out.offset is None:
-        torch.ops.nf4.quantize_out(w, out.block_size, check, packed, out.absmax.detach())
+        call("quantize_out", w, out.block_size, check, packed, out.absmax.detach())
         return out
     absmax = torch.empty_like(out.absmax, dtype=torch.float32)
-    torch.ops.nf4.quantize_out(w, out.block_size, check, packed, absmax)
+    call("quantize_out", w, out.block_size, check, packed, absmax)
     parts = (out.absmax.detach(), out.absmax2.detach(), out.offset.detach())
-    torch.ops.nf4.quantize_absmax_out(absmax, *parts)
+    call("quantize_absmax_out", absmax, *parts)
     return out
 
 
@@ -98,16 +98,14 @@ def dequantize(
     check_nf4(q)
     if out is not None:
         _check_dequantize_out(out, q, dtype)
-        torch.ops.nf4.dequantize_out(
-            q.packed, q.absmax, q.absmax2, q.offset, q.block_size, out.detach()
-        )
+        weight = (q.packed, q.absmax, q.absmax2, q.offset)
+        call("dequantize_out", *weight, q.block_size, out.detach())
         return out
     dtype = q.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype}")
-    result: Tensor = torch.ops.nf4.dequantize(
-        q.packed, q.absmax, q.absmax2, q.offset, list(q.shape), q.block_size, dtype
-    )
+    weight = (q.packed, q.absmax, q.absmax2, q.offset)
+    result: Tensor = call("dequantize", *weight, list(q.shape), q.block_size, dtype)
     return result
 
 
@@ -130,9 +128,8 @@ def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     _check_linear(x, q, bias)
     _check_no_tangent(x, bias)
     x = _autocast(x)
-    y: Tensor = torch.ops.nf4.linear(
-        x, q.packed, q.absmax, q.absmax2, q.offset, bias, q.shape[0], q.block_size
-    )
+    weight = (q.packed, q.absmax, q.absmax2, q.offset)
+    y: Tensor = call("linear", x, *weight, bias, q.shape[0], q.block_size)
     return y
 
 
@@ -182,7 +179,8 @@ def lora_linear(
     elif seed is None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
     x = _autocast(x)
-    y, _ = torch.ops.nf4.lora_linear(
+    y, _ = call(
+        "lora_linear",
         x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
         q.packed,
         q.absmax,

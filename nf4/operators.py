@@ -31,12 +31,41 @@ def _define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> None:
-    name = f"nf4::{name}"
-    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "CompositeExplicitAutograd")(compute)
-    torch.library.register_fake(name)(fake)
+    qualified = f"nf4::{name}"
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(compute)
+    torch.library.register_fake(qualified)(fake)
     if backward is not None:
-        torch.library.register_autograd(name, backward, setup_context=setup_context)
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    _OPERATORS[name] = (compute, getattr(torch.ops.nf4, name).default)
+
+
+# name: what computes it, and the operator itself
+_OPERATORS: dict[str, tuple[Callable[..., Any], Any]] = {}
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call an operator, past PyTorch's dispatcher where nobody asks for it.
+
+    The dispatcher costs more than some kernels take. It is needed for gradients, for subclasses and
+    modes (fake tensors, torch.compile, torch.func), and while tracing.
+    """
+    compute, operator = _OPERATORS[name]
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    ):
+        return operator(*args)
+    grad = torch.is_grad_enabled()
+    for a in args:
+        if type(a) is Tensor or type(a) is torch.nn.Parameter:
+            if (grad and a.requires_grad) or a.is_meta:
+                return operator(*args)
+        elif isinstance(a, Tensor):
+            return operator(*args)
+    return compute(*args)
 
 
 # What replaces references on a kind of device: a package, what it needs, the operators it has

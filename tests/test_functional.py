@@ -37,6 +37,47 @@ BAD_CALLS = {
         "dtype: expected a floating torch.dtype, got torch.int8",
     ),
     "dequantize_text": (lambda: nf4.dequantize(Q, "half"), TypeError, "dtype: expected"),
+    "check_int": (lambda: nf4.quantize(W, check=1), TypeError, "check: expected a bool, got int"),
+    "quantize_out_shape": (
+        lambda: nf4.quantize(W[:4], out=Q),
+        ValueError,
+        r"out: expected an NF4Tensor that fits w, got shape: expected \(4, 64\), got \(8, 64\)",
+    ),
+    "quantize_out_block_size": (
+        lambda: nf4.quantize(W, 32, out=Q),
+        ValueError,
+        "block_size: expected 32, got 64",
+    ),
+    "quantize_out_tensor": (
+        lambda: nf4.quantize(W, out=W),
+        TypeError,
+        "out: expected an NF4Tensor, got Tensor",
+    ),
+    "dequantize_out_shape": (
+        lambda: nf4.dequantize(Q, out=torch.empty(8, 63)),
+        ValueError,
+        r"out: expected shape \(8, 64\) like q, got \(8, 63\)",
+    ),
+    "dequantize_out_dtype": (
+        lambda: nf4.dequantize(Q, torch.half, out=torch.empty(8, 64)),
+        TypeError,
+        "dtype: expected torch.float32 like out, got torch.float16",
+    ),
+    "dequantize_out_int": (
+        lambda: nf4.dequantize(Q, out=torch.empty(8, 64, dtype=torch.int32)),
+        TypeError,
+        "out: expected a floating dtype, got torch.int32",
+    ),
+    "dequantize_out_device": (
+        lambda: nf4.dequantize(Q, out=torch.empty(8, 64, device="meta")),
+        ValueError,
+        "out: expected device cpu, where the weight is, got meta",
+    ),
+    "dequantize_out_grad": (
+        lambda: nf4.dequantize(Q, out=torch.empty(8, 64, requires_grad=True)),
+        ValueError,
+        "out: expected a tensor that needs no gradient",
+    ),
     "linear_q": (lambda: nf4.linear(X, W), TypeError, "q: expected an NF4Tensor, got Tensor"),
     "linear_q_1d": (
         lambda: nf4.linear(X, nf4.quantize(W.flatten())),

@@ -108,6 +108,11 @@ def test_linear_and_dequantize_pass_opcheck(double_quant) -> None:
     opcheck(ops.quantize.default, (w, 32, True))
     opcheck(ops.quantize_absmax.default, (torch.rand(300),))
     opcheck(ops.dequantize.default, (*parts, [12, 64], 32, torch.bfloat16))
+    packed, absmax = torch.ops.nf4.quantize(w, 32, False)
+    opcheck(ops.quantize_out.default, (w, 32, False, packed, absmax))
+    codes, absmax2, offset = torch.ops.nf4.quantize_absmax(absmax)
+    opcheck(ops.quantize_absmax_out.default, (absmax, codes, absmax2, offset))
+    opcheck(ops.dequantize_out.default, (*parts, 32, torch.empty(12, 64)))
     opcheck(ops.linear.default, (x, *parts, bias, 12, 32))
     opcheck(ops.linear_backward.default, (torch.randn(5, 12), *parts, 64, 32))
 
@@ -132,8 +137,16 @@ def test_quantize_and_dequantize_compile_without_graph_breaks(backend) -> None:
     def round_trip(w: torch.Tensor) -> torch.Tensor:
         return nf4.dequantize(nf4.quantize(w, 128)) * 2
 
+    @torch.compile(fullgraph=True, backend=backend)
+    def into(w: torch.Tensor, q: nf4.NF4Tensor, out: torch.Tensor) -> torch.Tensor:
+        return nf4.dequantize(nf4.quantize(w, 128, out=q), out=out) + 1
+
     w = torch.randn(33, 65)
-    assert torch.equal(round_trip(w), nf4.dequantize(nf4.quantize(w, 128)) * 2)
+    expected = nf4.dequantize(nf4.quantize(w, 128))
+    assert torch.equal(round_trip(w), expected * 2)
+    q, out = nf4.quantize(torch.randn(33, 65), 128), torch.empty(33, 65)
+    assert torch.equal(into(w, q, out), expected + 1)
+    assert torch.equal(out, expected) and torch.equal(nf4.dequantize(q), expected)
 
 
 def test_linear_on_meta_gives_the_shape() -> None:
