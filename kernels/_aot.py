@@ -20,7 +20,6 @@ from triton.compiler import ASTSource
 from . import _sass
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx90a", "gfx1100")
-_NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,11 @@ class Variant:
         signature: type of each run-time argument, such as ``{"x_ptr": "*bf16", "n": "i32"}``;
             pointers are taken to be multiples of 16, as those of whole tensors are.
         constants: value of each constexpr but SHUFFLE, which follows the target.
-        elements: weights one program takes.
+        elements: weights one program takes, or one step of its loop with the tensor cores.
         num_warps: warps of one program.
-        odd: sizes need not be multiples of 16 either.
+        num_stages: of its pipeline.
+        indivisible: run-time arguments that need not be multiples of 16.
+        targets: GPUs that it is compiled for.
     """
 
     name: str
@@ -44,12 +45,14 @@ class Variant:
     constants: dict[str, Any]
     elements: int
     num_warps: int = 4
-    odd: bool = False
+    num_stages: int = 3
+    indivisible: tuple[str, ...] = ()
+    targets: tuple[str, ...] = TARGETS
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiler made of a variant. Of the loop with the tensor cores alone, if it has one.
+    """What a compiler made of a variant; of its loop with tensor cores alone, where it has one.
 
     Attributes:
         registers: of each thread.
@@ -113,9 +116,15 @@ def compile_for(variant: Variant, target: str) -> Any:
     if "SHUFFLE" in variant.kernel.arg_names:
         constants["SHUFFLE"] = target.startswith("sm_")
     divisible = [
-        name for name, kind in variant.signature.items() if kind.startswith("*") or not variant.odd
+        name
+        for name, kind in variant.signature.items()
+        if name not in variant.indivisible and kind not in ("fp32", "i64")
     ]
-    options = {"num_warps": variant.num_warps, "enable_fp_fusion": False}
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "enable_fp_fusion": False,
+    }
     return compile_kernel(variant.kernel, variant.signature, constants, divisible, target, options)
 
 
@@ -137,13 +146,12 @@ def _report_nvidia(compiled: Any, variant: Variant, target: str) -> Report:
         cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        usage = _run("cuobjdump", "-res-usage", cubin)
+        usage = _run(_sass.CUOBJDUMP, "-res-usage", cubin)
         code = _sass.disassemble(cubin)
         warnings: list[str] = []
         if _sass.tensor_instructions(code):
             arch = re.search(r"\.target\s+(\w+)", compiled.asm["ptx"])[1]  # type: ignore[index]
-            ptxas = "ptxas-blackwell" if int(target.removeprefix("sm_")) >= 100 else "ptxas"
-            listing = _run(ptxas, "-v", f"--gpu-name={arch}", ptx, "-o", cubin)
+            listing = _run(_ptxas(target), "-v", f"--gpu-name={arch}", ptx, "-o", cubin)
             warnings = [line for line in listing.splitlines() if "warning" in line.lower()]
     registers, stack, local = (
         int(re.search(rf"{key}:(\d+)", usage)[1])  # type: ignore[index]
@@ -164,6 +172,14 @@ def _report_nvidia(compiled: Any, variant: Variant, target: str) -> Report:
     )
 
 
-def _run(tool: str, *arguments: str | Path) -> str:
-    done = subprocess.run([_NVIDIA / tool, *arguments], check=True, capture_output=True, text=True)
+def _ptxas(target: str) -> str:
+    """Return the assembler that Triton itself takes for a target."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    path: str = get_ptxas(int(target.removeprefix("sm_"))).path
+    return path
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return done.stdout + done.stderr

@@ -3,7 +3,18 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from . import dequantize, quantize, quantize_absmax
+from . import (
+    dequantize,
+    dequantize_merge,
+    lora_down,
+    lora_grad,
+    lora_up,
+    matmul,
+    matmul_small,
+    quantize,
+    quantize_absmax,
+    repack,
+)
 from ._aot import TARGETS, Report, Variant, report
 
 
@@ -19,7 +30,18 @@ class Row:
 
 def variants() -> list[Variant]:
     """Return the variants of all kernels."""
-    modules = (quantize, quantize_absmax, dequantize)
+    modules = (
+        quantize,
+        quantize_absmax,
+        dequantize,
+        repack,
+        dequantize_merge,
+        matmul_small,
+        matmul,
+        lora_down,
+        lora_up,
+        lora_grad,
+    )
     return [variant for module in modules for variant in module.variants()]
 
 
@@ -47,7 +69,7 @@ def compile_all(
     targets = check_targets(targets)
     rows = []
     for variant in variants():
-        for target in targets:
+        for target in (t for t in targets if t in variant.targets):
             rows.append(Row(variant.name, target, variant.num_warps, report(variant, target)))
             progress(f"{variant.name}, {target}")
     return rows

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import triton
 
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _LINE = re.compile(
     r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P[T0-9]+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*(?:/\*.*)?$"
 )
@@ -49,7 +49,7 @@ class Instruction:
 
 def disassemble(cubin: Path) -> list[Instruction]:
     """Return the instructions of a cubin, without padding."""
-    command = [_CUOBJDUMP, "-sass", cubin]
+    command = [CUOBJDUMP, "-sass", cubin]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = [_LINE.match(line) for line in listing.splitlines()]
     lines = [Instruction(int(m[1], 16), (m[2] or "").strip(), m[3], m[4]) for m in found if m]
@@ -57,10 +57,12 @@ def disassemble(cubin: Path) -> list[Instruction]:
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction] | None:
-    """Return the loop that does the work: the innermost with tensor cores, else None."""
-    bodies = [[code[i] for i in body] for body in _loops(code)]
-    working = [body for body in bodies if tensor_instructions(body)]
-    return min(working, key=len) if working else None
+    """Return the loop that does the work: of the innermost, the one with most products, or None."""
+    loops = [set(body) for body in _loops(code)]
+    innermost = [body for body in loops if not any(other < body for other in loops)]
+    working = [[code[i] for i in sorted(body)] for body in innermost]
+    best = max(working, key=tensor_instructions, default=[])
+    return best if tensor_instructions(best) else None
 
 
 def tensor_instructions(code: list[Instruction]) -> int:

@@ -3,7 +3,8 @@
 One program takes 8192 elements: their bytes, and the scales of the blocks they lie in, decoded here
 if they are double-quantized. One fp32 multiply, one rounding to nearest even, as in
 nf4/reference/dequantize.py. A thread loads 4 bytes and stores 8 elements: 128 bits of bf16. Moves
-0.5 bytes in, 2 out and 0.016 of scales per element (bf16, block 64, double quantization).
+0.5 bytes in, 2 out and 0.016 of scales per element (bf16, block 64, double quantization). A weight
+in fragments goes through kernels/_merge.py.
 Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
 """
 
@@ -19,6 +20,7 @@ from ..codebook import absmax_map, nf4_levels
 from . import _lanes
 from ._aot import Variant
 from ._decode import decode_absmax, decode_bytes
+from ._merge import merge_variants, write_dense
 
 TILE_BYTES = 4096
 
@@ -71,16 +73,20 @@ def dequantize(
     shape: Sequence[int],
     block_size: int,
     dtype: torch.dtype,
+    layout: str = "rows",
     out: Tensor | None = None,
 ) -> Tensor:
     """Dequantize to a dense tensor; arguments as in nf4/reference/dequantize.py."""
     if out is not None and not out.is_contiguous():
         parts = (packed, absmax, absmax2, offset)
-        return out.copy_(dequantize(*parts, shape, block_size, dtype))
+        return out.copy_(dequantize(*parts, shape, block_size, dtype, layout))
     n = math.prod(shape)
     if out is None:
         out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     if n == 0:
+        return out
+    if layout == "fragments":
+        write_dense(packed, absmax, absmax2, offset, None, None, 1.0, block_size, out)
         return out
     block_bytes = block_size // 2
     rows = max(TILE_BYTES // block_bytes, 1)
@@ -129,7 +135,7 @@ def variants() -> list[Variant]:
                 {**signature, "out_ptr": f"*{dtype}"},
                 {"BLOCK_BYTES": block_bytes, "ROWS": rows, "MASK_BYTES": mask_bytes},
                 rows * block_size,
-                odd=mask_bytes == 1,
+                indivisible=("n",) if mask_bytes == 1 else (),
             )
         )
-    return made
+    return made + merge_variants("dequantize, fragments", (0,))

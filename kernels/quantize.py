@@ -126,7 +126,7 @@ def variants() -> list[Variant]:
                 {"x_ptr": f"*{dtype}", **signature},
                 {"BLOCK_SIZE": block_size, "ROWS": rows, "MASK": mask},
                 rows * block_size,
-                odd=mask == 1,
+                indivisible=("n",) if mask == 1 else (),
             )
         )
     return made

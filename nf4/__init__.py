@@ -7,7 +7,7 @@ what four bits cost. Importing this package needs neither a GPU nor Triton.
 from nf4.checkpoint import load_adapter, save_adapter
 from nf4.convert import add_lora, merge, quantize_model
 from nf4.error import model_error, quantization_error
-from nf4.functional import dequantize, linear, lora_linear, quantize
+from nf4.functional import dequantize, linear, lora_linear, quantize, to_fragments, to_rows
 from nf4.linear import LinearNF4, QLoRALinear
 from nf4.tensor import NF4Tensor
 
@@ -27,4 +27,6 @@ __all__ = [
     "quantize",
     "quantize_model",
     "save_adapter",
+    "to_fragments",
+    "to_rows",
 ]

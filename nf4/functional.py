@@ -5,6 +5,7 @@ What they compute, and how gradients flow, is registered in `nf4.operators`.
 
 import math
 import operator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad
 
 from nf4.codebook import BLOCK_SIZES
 from nf4.operators import call
-from nf4.tensor import DTYPES, NF4Tensor, check_nf4, packed_shape
+from nf4.tensor import DTYPES, NF4Tensor, check_fragments, check_nf4, packed_shape
 
 
 def quantize(
@@ -99,14 +100,49 @@ def dequantize(
     if out is not None:
         _check_dequantize_out(out, q, dtype)
         weight = (q.packed, q.absmax, q.absmax2, q.offset)
-        call("dequantize_out", *weight, q.block_size, out.detach())
+        call("dequantize_out", *weight, q.block_size, out.detach(), q.layout)
         return out
     dtype = q.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype}")
     weight = (q.packed, q.absmax, q.absmax2, q.offset)
-    result: Tensor = call("dequantize", *weight, list(q.shape), q.block_size, dtype)
+    result: Tensor = call("dequantize", *weight, list(q.shape), q.block_size, dtype, q.layout)
     return result
+
+
+def to_fragments(q: NF4Tensor) -> NF4Tensor:
+    """Return q in the order that tensor cores read; the same codes, scales and size.
+
+    Args:
+        q: a quantized matrix ``[N, K]``, N a multiple of 16, K of 64 and of the block size.
+
+    Raises:
+        TypeError: q is no NF4Tensor.
+        ValueError: q has another shape; the parts of q do not fit together.
+
+    The order is described in nf4/reference/repack.py.
+    """
+    return _repack(q, "fragments")
+
+
+def to_rows(q: NF4Tensor) -> NF4Tensor:
+    """Return q in row order, that of bitsandbytes and of every file: undoes `to_fragments`.
+
+    Raises:
+        TypeError: q is no NF4Tensor.
+        ValueError: the parts of q do not fit together.
+    """
+    return _repack(q, "rows")
+
+
+def _repack(q: NF4Tensor, layout: str) -> NF4Tensor:
+    check_nf4(q)
+    if q.layout == layout:
+        return q
+    check_fragments(q.shape, q.block_size, "q")
+    parts = (q.packed.detach(), q.absmax.detach(), *q.shape)
+    packed, absmax = call("repack", *parts, layout)
+    return replace(q, packed=packed, absmax=absmax, layout=layout)
 
 
 def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
@@ -129,7 +165,7 @@ def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     _check_no_tangent(x, bias)
     x = _autocast(x)
     weight = (q.packed, q.absmax, q.absmax2, q.offset)
-    y: Tensor = call("linear", x, *weight, bias, q.shape[0], q.block_size)
+    y: Tensor = call("linear", x, *weight, bias, q.shape[0], q.block_size, q.layout)
     return y
 
 
@@ -193,6 +229,7 @@ def lora_linear(
         float(dropout_p),
         seed,
         q.block_size,
+        q.layout,
     )
     out: Tensor = y.view(*x.shape[:-1], q.shape[0])
     return out
@@ -246,6 +283,8 @@ def _check_quantize_out(out: NF4Tensor, w: Tensor, block_size: int, double_quant
         pairs = zip(names, expected, found, strict=True)
         wrong = "; ".join(f"{n}: expected {e}, got {f}" for n, e, f in pairs if e != f)
         raise ValueError(f"out: expected an NF4Tensor that fits w, got {wrong}")
+    if out.layout != "rows":
+        raise ValueError(f"out: expected an NF4Tensor in rows, got layout {out.layout!r}")
     if not all(part.is_contiguous() for part in out.tensors()):
         raise ValueError("out: expected contiguous parts, got strided ones")
 

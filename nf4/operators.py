@@ -20,6 +20,7 @@ from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.reference.linear import accumulator
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
+_LAYOUT = "str layout='rows'"
 _LORA = "Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, Tensor? seed"
 
 
@@ -69,7 +70,7 @@ def call(name: str, *args: Any) -> Any:
 
 
 # What replaces references on a kind of device: a package, what it needs, the operators it has
-_KERNELS = ("nf4.kernels", "triton", ("quantize", "quantize_absmax", "dequantize"))
+_KERNELS = ("nf4.kernels", "triton", ("quantize", "quantize_absmax", "dequantize", "repack"))
 _FASTER = {
     "cuda": _KERNELS,  # ROCm calls itself cuda too
     "xpu": _KERNELS,
@@ -167,6 +168,7 @@ def _dequantize_fake(
     shape: Sequence[int],
     block_size: int,
     dtype: torch.dtype,
+    layout: str = "rows",
 ) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
@@ -178,9 +180,22 @@ def _dequantize_out(
     offset: Tensor | None,
     block_size: int,
     out: Tensor,
+    layout: str = "rows",
 ) -> None:
     weight = (packed, absmax, absmax2, offset)
-    _dequantize(*weight, out.shape, block_size, out.dtype, out)
+    _dequantize(*weight, out.shape, block_size, out.dtype, layout, out)
+
+
+# --- repack
+
+
+def _repack(packed: Tensor, absmax: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    packed, absmax = _implementation("repack", packed.device.type)(packed, absmax, *args)
+    return packed, absmax
+
+
+def _repack_fake(packed: Tensor, absmax: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(packed), torch.empty_like(absmax)
 
 
 # --- linear
@@ -193,7 +208,7 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], args[-2]))
+    return x.new_empty((*x.shape[:-1], args[5]))
 
 
 def _linear_backward(dy: Tensor, *args: Any) -> Tensor:
@@ -203,20 +218,20 @@ def _linear_backward(dy: Tensor, *args: Any) -> Tensor:
 
 
 def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, absmax, absmax2, offset, bias, _, block_size = inputs
+    x, packed, absmax, absmax2, offset, bias, _, *form = inputs
     ctx.save_for_backward(packed, absmax, absmax2, offset)
-    ctx.in_features, ctx.block_size = x.shape[-1], block_size
+    ctx.in_features, ctx.form = x.shape[-1], form
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.nf4.linear_backward(dy, *ctx.saved_tensors, ctx.in_features, ctx.block_size)
+        dx = torch.ops.nf4.linear_backward(dy, *ctx.saved_tensors, ctx.in_features, *ctx.form)
     if ctx.needs_input_grad[5]:
         rows = dy.reshape(-1, dy.shape[-1])
         dbias = rows.sum(dim=0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
-    return dx, None, None, None, None, dbias, None, None
+    return dx, None, None, None, None, dbias, None, None, None
 
 
 # --- lora_linear
@@ -240,7 +255,7 @@ def _lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _lora_linear_backward_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    lora_A, lora_B, needs = args[6], args[7], args[-1]
+    lora_A, lora_B, needs = args[6], args[7], args[12]
     acc = accumulator(dy.dtype)
     likes = (
         ((dy.shape[0], lora_A.shape[1]), dy.dtype),
@@ -255,27 +270,28 @@ def _lora_linear_backward_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _lora_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, packed, absmax, absmax2, offset, bias, lora_A, lora_B, scaling, p, seed, block_size = inputs
+    x, packed, absmax, absmax2, offset, bias, lora_A, lora_B, scaling, p, seed, *form = inputs
     _, t = output
     ctx.mark_non_differentiable(t)
     need = ctx.needs_input_grad
     x, t = (x if need[6] else None), (t if need[7] else None)
     ctx.save_for_backward(x, t, packed, absmax, absmax2, offset, lora_A, lora_B, seed)
-    ctx.scaling, ctx.dropout_p, ctx.block_size = scaling, p, block_size
+    ctx.scaling, ctx.dropout_p, ctx.form = scaling, p, form
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _lora_linear_autograd(ctx: Any, dy: Tensor, dt: None) -> tuple[Tensor | None, ...]:
     *tensors, lora_A, lora_B, seed = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 5, 6, 7)]
+    block_size, layout = ctx.form
     grads = torch.ops.nf4.lora_linear_backward(
-        dy, *tensors, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, ctx.block_size, needs
+        dy, *tensors, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, block_size, needs, layout
     )
     dtypes = (dy.dtype, ctx.bias_dtype, lora_A.dtype, lora_B.dtype)
     dx, dbias, dA, dB = (
         g.to(dtype) if need else None for g, dtype, need in zip(grads, dtypes, needs, strict=True)
     )
-    return dx, None, None, None, None, dbias, dA, dB, None, None, None, None
+    return dx, None, None, None, None, dbias, dA, dB, None, None, None, None, None
 
 
 _define(
@@ -304,26 +320,33 @@ _define(
 )
 _define(
     "dequantize",
-    f"({_WEIGHT}, SymInt[] shape, int block_size, ScalarType dtype) -> Tensor",
+    f"({_WEIGHT}, SymInt[] shape, int block_size, ScalarType dtype, {_LAYOUT}) -> Tensor",
     _dequantize,
     _dequantize_fake,
 )
 _define(
     "dequantize_out",
-    f"({_WEIGHT}, int block_size, Tensor(a!) out) -> ()",
+    f"({_WEIGHT}, int block_size, Tensor(a!) out, {_LAYOUT}) -> ()",
     _dequantize_out,
     _nothing,
 )
 _define(
+    "repack",
+    "(Tensor packed, Tensor absmax, SymInt rows, SymInt columns, str layout) -> (Tensor, Tensor)",
+    _repack,
+    _repack_fake,
+)
+_define(
     "linear_backward",
-    f"(Tensor dy, {_WEIGHT}, SymInt in_features, int block_size) -> Tensor",
+    f"(Tensor dy, {_WEIGHT}, SymInt in_features, int block_size, {_LAYOUT}) -> Tensor",
     _linear_backward,
-    lambda dy, *args: dy.new_empty((*dy.shape[:-1], args[-2])),
+    lambda dy, *args: dy.new_empty((*dy.shape[:-1], args[4])),
     _no_double_backward,
 )
 _define(
     "linear",
-    f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt out_features, int block_size) -> Tensor",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt out_features, int block_size, {_LAYOUT})"
+    " -> Tensor",
     _linear,
     _linear_fake,
     _linear_autograd,
@@ -331,15 +354,15 @@ _define(
 )
 _define(
     "lora_linear_backward",
-    f"(Tensor dy, Tensor? x, Tensor? t, {_WEIGHT}, {_LORA}, int block_size, bool[] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor? x, Tensor? t, {_WEIGHT}, {_LORA}, int block_size, bool[] needs, "
+    f"{_LAYOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
     _lora_linear_backward,
     _lora_linear_backward_fake,
     _no_double_backward,
 )
 _define(
     "lora_linear",
-    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LORA}, int block_size) -> (Tensor, Tensor)",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LORA}, int block_size, {_LAYOUT}) -> (Tensor, Tensor)",
     _lora_linear,
     _lora_linear_fake,
     _lora_linear_autograd,

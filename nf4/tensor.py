@@ -34,6 +34,8 @@ class NF4Tensor:
         block_size: elements that share one absmax.
         absmax2: float32 ``[ceil(blocks / 256)]``; None without double quantization.
         offset: float32 ``[]``, the mean of absmax; None without double quantization.
+        layout: "rows", or "fragments" for bytes and absmax in the order tensor cores read, which
+            `nf4.to_fragments` makes: an order for memory, never for files.
     """
 
     packed: Tensor
@@ -43,6 +45,7 @@ class NF4Tensor:
     block_size: int = 64
     absmax2: Tensor | None = None
     offset: Tensor | None = None
+    layout: str = "rows"
 
     @property
     def double_quant(self) -> bool:
@@ -109,7 +112,24 @@ class NF4Tensor:
         return (
             f"NF4Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, "
             f"block_size={self.block_size}, double_quant={self.double_quant}, "
-            f"device='{self.device}', {self.bits_per_weight:.3f} bits per weight)"
+            f"layout='{self.layout}', device='{self.device}', "
+            f"{self.bits_per_weight:.3f} bits per weight)"
+        )
+
+
+def fits_fragments(shape: torch.Size, block_size: int) -> bool:
+    """Return whether a tensor can be held in fragments: a matrix of whole tiles and blocks."""
+    if len(shape) != 2 or not shape[0] or not shape[1]:
+        return False
+    return shape[0] % 16 == 0 and shape[1] % 64 == 0 and shape[1] % block_size == 0
+
+
+def check_fragments(shape: torch.Size, block_size: int, name: str) -> None:
+    """Raise ValueError unless a tensor can be held in fragments."""
+    if not fits_fragments(shape, block_size):
+        raise ValueError(
+            f"{name}: expected a matrix [N, K] for fragments, N a multiple of 16, K of 64 and of "
+            f"the block size {block_size}, got shape {tuple(shape)}"
         )
 
 
@@ -124,6 +144,10 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
         raise TypeError(f"{name}: expected an NF4Tensor, got {type(q).__name__}")
     if q.block_size not in BLOCK_SIZES:
         raise ValueError(f"{name}.block_size: expected one of {BLOCK_SIZES}, got {q.block_size}")
+    if q.layout != "rows":
+        check_fragments(q.shape, q.block_size, f"{name}.layout")
+        if q.layout != "fragments":
+            raise ValueError(f"{name}.layout: expected 'rows' or 'fragments', got {q.layout!r}")
     blocks = -(-q.numel() // q.block_size)
     parts = [("packed", q.packed, torch.uint8, packed_shape(torch.Size(q.shape)))]
     if (q.absmax2 is None) != (q.offset is None):

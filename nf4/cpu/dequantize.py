@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, absmax_map, nf4_levels
 from nf4.cpu._threads import spread
+from nf4.reference.repack import repack
 
 # Elements worth a thread of their own: 2 ms of work, against 0.05 ms to wake one.
 GRAIN = 1 << 22
@@ -95,9 +96,13 @@ def as_weight(
     absmax: Tensor,
     absmax2: Tensor | None,
     offset: Tensor | None,
+    shape: Sequence[int],
     block_size: int,
+    layout: str,
 ) -> Weight:
-    """Return the parts of a weight as numpy arrays, without a copy where they are contiguous."""
+    """Return the parts of a weight in rows as numpy arrays, without a copy where that goes."""
+    if layout == "fragments":
+        packed, absmax = repack(packed, absmax, *shape, "rows")
     nested = absmax2 is not None
     fp32, codes = (None, absmax) if nested else (absmax, None)
     return Weight(
@@ -143,11 +148,12 @@ def dequantize(
     shape: Sequence[int],
     block_size: int,
     dtype: torch.dtype,
+    layout: str = "rows",
     out: Tensor | None = None,
 ) -> Tensor:
     """Dequantize to a dense tensor; arguments as in nf4/reference/dequantize.py."""
     n = math.prod(shape)
-    weight = as_weight(packed, absmax, absmax2, offset, block_size)
+    weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
     direct = dtype in (torch.float32, torch.bfloat16)
     if out is not None and direct and out.is_contiguous() and n % 2 == 0:
         dequantize_blocks(weight, 0, out.view(-1))

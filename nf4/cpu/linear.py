@@ -23,10 +23,11 @@ def _slabs(
     offset: Tensor | None,
     shape: tuple[int, int],
     block_size: int,
+    layout: str,
     dtype: torch.dtype,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of each slab and its values, rounded to dtype but held in its accumulator."""
-    weight = as_weight(packed, absmax, absmax2, offset, block_size)
+    weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
     rows, columns = shape
     step = -(-rows // max(1, rows * columns // SLAB))
     # A slab begins and ends inside blocks, unless these fit the rows.
@@ -50,12 +51,13 @@ def product(
     offset: Tensor | None,
     out_features: int,
     block_size: int,
+    layout: str,
 ) -> Tensor:
     """Return x @ W.T for x ``[M, K]``, fp32 (fp64 for fp64) and not yet rounded."""
     shape = (out_features, x.shape[1])
     wide = x.to(accumulator(x.dtype))
     y = wide.new_empty(x.shape[0], out_features)
-    for rows, w in _slabs(packed, absmax, absmax2, offset, shape, block_size, x.dtype):
+    for rows, w in _slabs(packed, absmax, absmax2, offset, shape, block_size, layout, x.dtype):
         torch.mm(wide, w.T, out=y[:, rows])
     return y
 
@@ -68,12 +70,13 @@ def product_backward(
     offset: Tensor | None,
     in_features: int,
     block_size: int,
+    layout: str,
 ) -> Tensor:
     """Return dy @ W for dy ``[M, N]``, fp32 (fp64 for fp64) and not yet rounded."""
     shape = (dy.shape[1], in_features)
     wide = dy.to(accumulator(dy.dtype))
     dx = wide.new_zeros(dy.shape[0], in_features)
-    for rows, w in _slabs(packed, absmax, absmax2, offset, shape, block_size, dy.dtype):
+    for rows, w in _slabs(packed, absmax, absmax2, offset, shape, block_size, layout, dy.dtype):
         dx.addmm_(wide[:, rows], w)
     return dx
 
@@ -87,10 +90,11 @@ def linear(
     bias: Tensor | None,
     out_features: int,
     block_size: int,
+    layout: str = "rows",
 ) -> Tensor:
     """Return x @ W.T + bias; arguments as in nf4/reference/linear.py."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = product(rows, packed, absmax, absmax2, offset, out_features, block_size)
+    y = product(rows, packed, absmax, absmax2, offset, out_features, block_size, layout)
     if bias is not None:
         y.add_(bias)
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
@@ -104,8 +108,9 @@ def linear_backward(
     offset: Tensor | None,
     in_features: int,
     block_size: int,
+    layout: str = "rows",
 ) -> Tensor:
     """Return dy @ W; arguments as in nf4/reference/linear.py."""
     rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
-    dx = product_backward(rows, packed, absmax, absmax2, offset, in_features, block_size)
+    dx = product_backward(rows, packed, absmax, absmax2, offset, in_features, block_size, layout)
     return dx.to(dy.dtype).view(*dy.shape[:-1], in_features)

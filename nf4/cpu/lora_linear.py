@@ -21,9 +21,10 @@ def lora_linear(
     dropout_p: float,
     seed: Tensor | None,
     block_size: int,
+    layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
     """Return y and t; arguments as in nf4/reference/lora_linear.py."""
-    y = product(x, packed, absmax, absmax2, offset, lora_B.shape[0], block_size)
+    y = product(x, packed, absmax, absmax2, offset, lora_B.shape[0], block_size, layout)
     return add_lora(y, x, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
 
@@ -42,10 +43,11 @@ def lora_linear_backward(
     seed: Tensor | None,
     block_size: int,
     needs: Sequence[bool],
+    layout: str = "rows",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, bias, lora_A and lora_B; as in nf4/reference/lora_linear.py."""
     dx = None
     if needs[0]:
         weight = (packed, absmax, absmax2, offset)
-        dx = product_backward(dy, *weight, lora_A.shape[1], block_size)
+        dx = product_backward(dy, *weight, lora_A.shape[1], block_size, layout)
     return add_lora_backward(dx, dy, x, t, lora_A, lora_B, scaling, dropout_p, seed, needs)

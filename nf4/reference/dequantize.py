@@ -14,6 +14,7 @@ from torch.nn.functional import embedding
 from nf4.codebook import nf4_byte_levels
 from nf4.reference._blocks import as_blocks
 from nf4.reference.dequantize_absmax import dequantize_absmax
+from nf4.reference.repack import repack
 
 
 def dequantize(
@@ -24,6 +25,7 @@ def dequantize(
     shape: Sequence[int],
     block_size: int,
     dtype: torch.dtype,
+    layout: str = "rows",
     out: Tensor | None = None,
 ) -> Tensor:
     """Dequantize to a dense tensor.
@@ -36,11 +38,14 @@ def dequantize(
         shape: sizes of the result, n elements in all.
         block_size: elements that share one absmax.
         dtype: floating dtype of the result.
+        layout: order of packed and absmax, "rows" or "fragments", see `repack`.
         out: where to write it, dtype ``shape``; new by default.
 
     Returns:
         dtype ``shape``.
     """
+    if layout == "fragments":
+        packed, absmax = repack(packed, absmax, *shape, "rows")
     if absmax2 is not None and offset is not None:
         absmax = dequantize_absmax(absmax, absmax2, offset)
     byte = as_blocks(packed, block_size // 2).int()

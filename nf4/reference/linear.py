@@ -24,6 +24,7 @@ def linear(
     bias: Tensor | None,
     out_features: int,
     block_size: int,
+    layout: str = "rows",
 ) -> Tensor:
     """Return x @ W.T + bias.
 
@@ -36,13 +37,14 @@ def linear(
         bias: floating ``[out_features]`` or None.
         out_features: N.
         block_size: elements that share one absmax.
+        layout: as in `dequantize`.
 
     Returns:
         dtype of x ``[..., N]``.
     """
     acc = accumulator(x.dtype)
     shape = (out_features, x.shape[-1])
-    w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
+    w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype, layout)
     y = x.to(acc) @ w.to(acc).T
     return (y if bias is None else y + bias.to(acc)).to(x.dtype)
 
@@ -55,6 +57,7 @@ def linear_backward(
     offset: Tensor | None,
     in_features: int,
     block_size: int,
+    layout: str = "rows",
 ) -> Tensor:
     """Return the gradient of x: dy @ W.
 
@@ -66,11 +69,12 @@ def linear_backward(
         offset: as in `dequantize`.
         in_features: K.
         block_size: elements that share one absmax.
+        layout: as in `dequantize`.
 
     Returns:
         dtype of dy ``[..., K]``.
     """
     acc = accumulator(dy.dtype)
     shape = (dy.shape[-1], in_features)
-    w = dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
+    w = dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype, layout)
     return (dy.to(acc) @ w.to(acc)).to(dy.dtype)

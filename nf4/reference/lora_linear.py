@@ -13,11 +13,10 @@ Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from nf4.reference.dequantize import dequantize
-from nf4.reference.dropout_mask import dropout_mask
+from nf4.reference.dropout_mask import drop
 from nf4.reference.linear import accumulator
 
 
@@ -34,6 +33,7 @@ def lora_linear(
     dropout_p: float,
     seed: Tensor | None,
     block_size: int,
+    layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
     """Return y and t.
 
@@ -50,6 +50,7 @@ def lora_linear(
         dropout_p: probability of dropping an element of x before A.
         seed: int64 ``[]`` of the dropout mask; None for no dropout.
         block_size: elements that share one absmax.
+        layout: as in `dequantize`.
 
     Returns:
         y: dtype of x ``[M, N]``.
@@ -57,7 +58,7 @@ def lora_linear(
     """
     acc = accumulator(x.dtype)
     shape = (lora_B.shape[0], x.shape[1])
-    w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype)
+    w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype, layout)
     y = x.to(acc) @ w.to(acc).T
     return add_lora(y, x, bias, lora_A, lora_B, scaling, dropout_p, seed)
 
@@ -75,7 +76,7 @@ def add_lora(
     """Return y and t as `lora_linear` does, given x @ W.T in fp32 (fp64 for fp64), overwritten."""
     acc = accumulator(x.dtype)
     a, b = (m.to(x.dtype).to(acc) for m in (lora_A, lora_B))
-    t = (_drop(x.to(acc), dropout_p, seed) @ a.T).div_(1 - dropout_p).to(x.dtype)
+    t = (drop(x.to(acc), dropout_p, seed) @ a.T).div_(1 - dropout_p).to(x.dtype)
     y.addmm_(t.to(acc), b.T, alpha=scaling)
     return (y if bias is None else y.add_(bias.to(acc))).to(x.dtype), t
 
@@ -95,6 +96,7 @@ def lora_linear_backward(
     seed: Tensor | None,
     block_size: int,
     needs: Sequence[bool],
+    layout: str = "rows",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, bias, lora_A and lora_B, each None unless asked for.
 
@@ -113,6 +115,7 @@ def lora_linear_backward(
         seed: as in forward.
         block_size: as in forward.
         needs: which gradients are wanted, in the order of the result.
+        layout: as in forward.
 
     Returns:
         dx: dtype of dy ``[M, K]``.
@@ -124,7 +127,7 @@ def lora_linear_backward(
     if needs[0]:
         acc = accumulator(dy.dtype)
         shape = (lora_B.shape[0], lora_A.shape[1])
-        w = dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype)
+        w = dequantize(packed, absmax, absmax2, offset, shape, block_size, dy.dtype, layout)
         dx = dy.to(acc) @ w.to(acc)
     return add_lora_backward(dx, dy, x, t, lora_A, lora_B, scaling, dropout_p, seed, needs)
 
@@ -152,13 +155,9 @@ def add_lora_backward(
         if seed is None:
             dx.addmm_(u, a)
         else:
-            dx.add_(_drop(u @ a, dropout_p, seed), alpha=1 / (1 - dropout_p))
+            dx.add_(drop(u @ a, dropout_p, seed), alpha=1 / (1 - dropout_p))
         dx = dx.to(dy.dtype)
     if x is not None:
-        dA = (u.T @ _drop(x.to(wide.dtype), dropout_p, seed)).div_(1 - dropout_p)
+        dA = (u.T @ drop(x.to(wide.dtype), dropout_p, seed)).div_(1 - dropout_p)
     dB = (wide.T @ t.to(wide.dtype)).mul_(scaling) if t is not None else None
     return dx, dbias, dA, dB
-
-
-def _drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    return x if seed is None else torch.where(dropout_mask(seed, x.shape, p), x, 0)

@@ -1,0 +1,135 @@
+"""Tile choices of the kernels that have a choice.
+
+Chosen by the model of nf4/cost.py, no GPU involved so far: the bytes of a launch over the memory's
+bandwidth, or what the busiest multiprocessor has to compute, whichever takes longer.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from ..cost import Device, device_of, weight_bytes
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """How a product is cut.
+
+    Attributes:
+        block_m: rows of x a program.
+        block_n: rows of W a program.
+        num_warps: of a program.
+        num_stages: of the pipeline.
+        cycles: that a step of 64 columns holds a multiprocessor of sm_90, by the tensor cores or by
+            instructions issued, whichever is more; counted by `nf4 bench --compile`.
+        split_k: programs that share the columns.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    cycles: int
+    split_k: int = 1
+
+
+def padded_rank(rank: int) -> int:
+    """Return 0, or the power of two from 16 on that a matrix product takes for a rank."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
+
+
+SMALL_M = 16  # rows that matmul_small takes
+MATMUL_SMALL = (
+    MatmulConfig(16, 128, 4, 3, 262),
+    MatmulConfig(16, 64, 4, 4, 175),
+)
+MATMUL = (
+    MatmulConfig(16, 64, 4, 4, 240),
+    MatmulConfig(32, 64, 4, 4, 240),
+    MatmulConfig(64, 64, 4, 4, 240),
+    MatmulConfig(128, 64, 4, 4, 256),
+    MatmulConfig(128, 128, 8, 3, 512),
+    MatmulConfig(256, 128, 8, 3, 1024),
+)
+# What fits the registers of GPUs whose tensor cores read both factors from them
+MATMUL_MMA = (
+    MatmulConfig(16, 64, 4, 4, 256),
+    MatmulConfig(32, 64, 4, 2, 323),
+    MatmulConfig(64, 64, 4, 4, 419),
+    MatmulConfig(128, 64, 4, 4, 509),
+    MatmulConfig(128, 128, 8, 3, 1002),
+)
+MATMUL_MFMA = (
+    MatmulConfig(16, 64, 4, 2, 400),
+    MatmulConfig(64, 64, 4, 2, 400),
+    MatmulConfig(128, 128, 4, 2, 1200),
+)
+# The GPUs of each, of those that kernels are compiled for
+WGMMA = ("sm_90", "sm_100")
+MMA = ("sm_80", "sm_89")
+MFMA = ("gfx942", "gfx90a")
+MATRIX = WGMMA + MMA + MFMA  # not gfx1100, where a weight is dequantized and the library multiplies
+SPLITS = (1, 2, 4, 8)
+MIN_STEPS = 8  # tiles of 64 columns that a program should have at least
+# A program of 4 warps alone on a multiprocessor: decoding does not overlap its products
+_ALONE = 1.5
+
+
+def seconds(config: MatmulConfig, device: Device, m: int, n: int, k: int) -> float:
+    """Return the modelled time of a launch."""
+    tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
+    programs = tiles_m * tiles_n * config.split_k
+    a_multiprocessor = -(-programs // device.sms)
+    steps = -(-(k // 64) // config.split_k)
+    compute = a_multiprocessor * steps * config.cycles / device.clock
+    if a_multiprocessor * config.num_warps < 8:
+        compute *= _ALONE
+    moved = weight_bytes(n, k) + 2 * (m * k + m * n)
+    if config.split_k > 1:
+        moved += 8 * config.split_k * tiles_m * config.block_m * n
+    return max(moved / device.bandwidth, compute)
+
+
+def _best(
+    configs: tuple[MatmulConfig, ...], device: Device, m: int, n: int, k: int
+) -> MatmulConfig:
+    splits = [s for s in SPLITS if s == 1 or k // 64 >= s * MIN_STEPS]
+    cuts = [replace(config, split_k=s) for config in configs for s in splits]
+    return min(cuts, key=lambda config: seconds(config, device, m, n, k))
+
+
+@lru_cache(maxsize=4096)
+def matmul_config(m: int, n: int, k: int, device: torch.device) -> MatmulConfig:
+    """Return how `matmul` cuts a product of these sizes on a device."""
+    return _best(_matmul_configs(device), device_of(device), m, n, k)
+
+
+@lru_cache(maxsize=4096)
+def matmul_small_config(n: int, k: int, device: torch.device) -> MatmulConfig:
+    """Return how `matmul_small` cuts a product of these sizes on a device."""
+    return _best(MATMUL_SMALL, device_of(device), SMALL_M, n, k)
+
+
+def _matmul_configs(device: torch.device) -> tuple[MatmulConfig, ...]:
+    if device.type == "cuda" and torch.version.hip:
+        return MATMUL_MFMA
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
+        return MATMUL_MMA
+    return MATMUL
+
+
+@lru_cache(maxsize=4096)
+def lora_down_config(m: int, k: int, rank: int, device: torch.device) -> MatmulConfig:
+    """Return how `lora_down` cuts x ``[m, k]``: two programs a multiprocessor, if it can."""
+    block_m = 16 if m <= SMALL_M else 64
+    tiles = -(-m // block_m)
+    enough = [s for s in SPLITS if s == 1 or k // 64 >= s * MIN_STEPS]
+    split = next((s for s in enough if tiles * s >= 2 * device_of(device).sms), enough[-1])
+    warps, stages = lora_down_warps(rank)
+    return MatmulConfig(block_m, padded_rank(rank), warps, stages, 0, split)
+
+
+def lora_down_warps(rank: int) -> tuple[int, int]:
+    """Return warps and stages of `lora_down`: what registers and shared memory hold of A."""
+    return (4, 4) if rank <= 64 else (8, 2)

@@ -1,0 +1,173 @@
+"""What both products share: programs that split K, the low-rank term, bias, the launch."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..codebook import absmax_map, nf4_levels
+from ..scratch import scratch, zeros
+from . import _lanes
+from ._configs import MatmulConfig, padded_rank
+
+
+@triton.jit
+def add_parts(
+    acc,  # fp32 [BLOCK_N, BLOCK_M]
+    parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_N * BLOCK_M]
+    arrived_ptr,  # int32 [tiles], zeros before and after
+    tile,
+    tiles,
+    pid_k,
+    SPLIT_K: tl.constexpr,
+):
+    """Return the sum over all programs of a tile, and whether this program has it.
+
+    Each program stores its part and counts itself; the last one to come reads all parts in order.
+    """
+    if SPLIT_K == 1:
+        return acc, True
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    size: tl.constexpr = BLOCK_N * BLOCK_M
+    part_ptrs = parts_ptr + tile.to(tl.int64) * size + offs
+    stride = tiles.to(tl.int64) * size
+    tl.store(part_ptrs + pid_k * stride, acc)
+    tl.debug_barrier()  # all threads have stored before one of them counts the program
+    is_last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
+    if is_last:
+        tl.store(arrived_ptr + tile, 0)
+        acc = tl.zeros_like(acc)
+        for k in range(SPLIT_K):
+            acc += tl.load(part_ptrs + k * stride, cache_modifier=".cg")
+    return acc, is_last
+
+
+@triton.jit
+def finish(
+    acc,  # fp32 [BLOCK_N, BLOCK_M], x @ W.T transposed
+    t_ptr,  # dtype of y [M, rank]
+    lora_B_ptr,  # float [N, rank], rounded to the dtype of y
+    bias_ptr,  # float [N]
+    y_ptr,  # [M, N]
+    first_m,
+    first_n,
+    M,
+    N,
+    rank,
+    scaling,
+    RANK: tl.constexpr,  # 0, or rank rounded up to a power of two from 16
+    HAS_BIAS: tl.constexpr,
+):
+    """Add scaling * t @ lora_B.T and bias to a tile and store it, rounded once."""
+    offs_m = first_m + tl.arange(0, acc.shape[1])
+    offs_n = first_n + tl.arange(0, acc.shape[0])
+    mask_m, mask_n = offs_m < M, offs_n < N
+    rows_m, rows_n = offs_m.to(tl.int64), offs_n.to(tl.int64)
+    if RANK > 0:
+        # One accumulator serves both terms: its sum is divided by scaling before, multiplied after.
+        acc *= tl.math.div_rn(1.0, scaling)
+        STEP: tl.constexpr = 16  # what registers take beside the widest sums
+        for first in tl.range(0, RANK, STEP, num_stages=1):
+            offs_r = first + tl.arange(0, STEP)
+            mask_r = offs_r < rank
+            b = tl.load(
+                lora_B_ptr + rows_n[:, None] * rank + offs_r[None, :],
+                mask=mask_n[:, None] & mask_r[None, :],
+                other=0.0,
+            )
+            t = tl.load(
+                t_ptr + rows_m[None, :] * rank + offs_r[:, None],
+                mask=mask_m[None, :] & mask_r[:, None],
+                other=0.0,
+            )
+            acc = tl.dot(b.to(t.dtype), t, acc)
+        acc *= scaling
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    y_ptrs = y_ptr + rows_m[None, :] * N + rows_n[:, None]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[None, :] & mask_n[:, None])
+
+
+def split_k_scratch(config: MatmulConfig, tiles: int, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return parts_ptr and arrived_ptr of `add_parts` for a product whose result is y."""
+    if config.split_k == 1:
+        return y, y  # not read
+    size = config.split_k * tiles * config.block_m * config.block_n
+    parts = scratch("split_k parts", size, torch.float32, y.device)
+    return parts, zeros("split_k arrived", tiles, torch.int32, y.device)
+
+
+def launch_product(
+    kernel: Any,
+    config: MatmulConfig,
+    tiles: int,
+    y: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    t: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    **constants: Any,
+) -> None:
+    """Launch a kernel of kernels/matmul.py or matmul_small.py, which fills y ``[M, N]``."""
+    parts, arrived = split_k_scratch(config, tiles, y)
+    rank = 0 if t is None else t.shape[1]
+    kernel[(tiles, config.split_k)](
+        x,
+        packed.view(-1).view(torch.int32),
+        absmax,
+        y if absmax2 is None else absmax2,
+        y if offset is None else offset,
+        absmax_map(x.device),
+        nf4_levels(x.device),
+        x if t is None else t,
+        x if lora_B is None else lora_B,
+        x if bias is None else bias,
+        y,
+        parts,
+        arrived,
+        *y.shape,
+        x.shape[1],
+        rank,
+        scaling,
+        BLOCK_N=config.block_n,
+        SPLIT_K=config.split_k,
+        RANK=padded_rank(rank),
+        HAS_BIAS=bias is not None,
+        SHUFFLE=_lanes.has_shuffle(x),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=False,
+        **constants,
+    )
+
+
+# Of both kernels, for a double-quantized weight, bf16 and an adapter
+SIGNATURE = {
+    "x_ptr": "*bf16",
+    "words_ptr": "*i32",
+    "absmax_ptr": "*u8",
+    "absmax2_ptr": "*fp32",
+    "offset_ptr": "*fp32",
+    "map_ptr": "*fp32",
+    "levels_ptr": "*fp32",
+    "t_ptr": "*bf16",
+    "lora_B_ptr": "*fp32",
+    "bias_ptr": "*bf16",
+    "y_ptr": "*bf16",
+    "parts_ptr": "*fp32",
+    "arrived_ptr": "*i32",
+    "M": "i32",
+    "N": "i32",
+    "K": "i32",
+    "rank": "i32",
+    "scaling": "fp32",
+}

@@ -1,0 +1,140 @@
+"""The input side of an adapter in one pass over x: t = drop(x) @ lora_A.T / (1 - p).
+
+The dropout mask is made from its seed where x is read. Programs split K as in kernels/matmul.py.
+Sums in fp32, t rounded once. Reads 2 bytes an element of x; 2 r flops.
+Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dropout import dropout_threshold
+from ._aot import Variant
+from ._configs import MATRIX, lora_down_config, lora_down_warps
+from ._dropout import keep
+from ._product import add_parts, split_k_scratch
+
+
+@triton.jit
+def _lora_down_kernel(
+    x_ptr,  # float16 or bfloat16 [M, K]
+    lora_A_ptr,  # float [rank, K]
+    seed_ptr,  # int64 []
+    t_ptr,  # dtype of x [M, rank]
+    parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_M * RANK]
+    arrived_ptr,  # int32 [tiles], zeros before and after
+    M,
+    K,
+    rank,
+    threshold,  # of 16 bits
+    kept_inverse,  # 1 / (1 - p)
+    BLOCK_M: tl.constexpr,
+    RANK: tl.constexpr,  # rank rounded up to a power of two from 16
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    pid_m, pid_k = tl.program_id(0), tl.program_id(1)
+    offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    rows = tl.minimum(offs_m, M - 1)
+    offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, RANK)
+    x_ptrs = x_ptr + rows[:, None] * K + offs_k[None, :]
+    a_ptrs = lora_A_ptr + offs_r[None, :] * K + offs_k[:, None]
+    mask_r = (offs_r < rank)[None, :]
+    acc = tl.zeros([BLOCK_M, RANK], tl.float32)
+    steps = tl.cdiv(K, BLOCK_K)
+    for step in tl.range(steps * pid_k // SPLIT_K, steps * (pid_k + 1) // SPLIT_K):
+        first = step * BLOCK_K
+        mask_k = offs_k < K - first
+        x = tl.load(x_ptrs + first, mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        if DROPOUT:
+            kept_here = keep(seed_ptr, rows, first + 8 * tl.arange(0, BLOCK_K // 8), K, threshold)
+            x = tl.where(kept_here, x, 0.0)
+        a = tl.load(a_ptrs + first, mask=mask_k[:, None] & mask_r, other=0.0)  # [BLOCK_K, RANK]
+        acc = tl.dot(x, a.to(x.dtype), acc)
+    acc, is_last = add_parts(acc, parts_ptr, arrived_ptr, pid_m, tl.num_programs(0), pid_k, SPLIT_K)
+    if is_last:
+        t = acc * kept_inverse
+        t_ptrs = t_ptr + offs_m[:, None] * rank + offs_r[None, :]
+        tl.store(t_ptrs, t.to(t_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_r)
+
+
+def lora_down(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Return t; arguments as in nf4/reference/lora_down.py."""
+    (m, k), rank = x.shape, lora_A.shape[0]
+    t = torch.empty(m, rank, dtype=x.dtype, device=x.device)
+    if m == 0:
+        return t
+    config = lora_down_config(m, k, rank, x.device)
+    tiles = -(-m // config.block_m)
+    parts, arrived = split_k_scratch(config, tiles, t)
+    _lora_down_kernel[(tiles, config.split_k)](
+        x,
+        lora_A,
+        x if seed is None else seed,
+        t,
+        parts,
+        arrived,
+        m,
+        k,
+        rank,
+        dropout_threshold(dropout_p),
+        1 / (1 - dropout_p),
+        BLOCK_M=config.block_m,
+        RANK=config.block_n,
+        BLOCK_K=_block_k(rank),
+        SPLIT_K=config.split_k,
+        DROPOUT=seed is not None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=False,
+    )
+    return t
+
+
+def _block_k(rank: int) -> int:
+    """Return columns of x a step: what registers take of A beside the sums."""
+    return 64 if rank <= 64 else 32
+
+
+def variants() -> list[Variant]:
+    """Return the compilations to report on; instructions are per element of x."""
+    signature = {
+        "x_ptr": "*bf16",
+        "lora_A_ptr": "*fp32",
+        "seed_ptr": "*i64",
+        "t_ptr": "*bf16",
+        "parts_ptr": "*fp32",
+        "arrived_ptr": "*i32",
+        "M": "i32",
+        "K": "i32",
+        "rank": "i32",
+        "threshold": "i32",
+        "kept_inverse": "fp32",
+    }
+    return [
+        Variant(
+            f"lora_down, {block_m} rows, rank {rank}" + (", dropout" if dropout else ""),
+            _lora_down_kernel,
+            signature,
+            {
+                "BLOCK_M": block_m,
+                "RANK": rank,
+                "BLOCK_K": _block_k(rank),
+                "SPLIT_K": 4,
+                "DROPOUT": dropout,
+            },
+            block_m * _block_k(rank),
+            *lora_down_warps(rank),
+            indivisible=("M", "rank"),
+            targets=MATRIX,
+        )
+        for block_m, rank, dropout in (
+            (16, 16, False),
+            (64, 16, False),
+            (64, 16, True),
+            (64, 256, True),
+        )
+    ]

@@ -1,0 +1,178 @@
+"""Multiply by a weight in fragments, one launch: y = x @ W.T + scaling * t @ lora_B.T + bias.
+
+The transposed product W @ x.T is taken, so that tensor cores read W from the registers it is
+decoded in; x goes through shared memory. W is rounded to the dtype of x as level times scale, once;
+sums are in fp32; y is rounded once. Few programs split K between them: each leaves its sums in
+scratch, and the one that finishes last adds them up in a fixed order, so that the result is always
+the same. Reads 0.516 bytes a weight (block 64, double quantization) for every BLOCK_M rows of x,
+and computes 2 flops a weight and row.
+Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxiv.org/abs/2106.09685).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._aot import Variant
+from ._configs import (
+    MATMUL,
+    MATMUL_MFMA,
+    MATMUL_MMA,
+    MFMA,
+    MMA,
+    WGMMA,
+    MatmulConfig,
+    matmul_config,
+)
+from ._fragments import decode_tile, load_scales
+from ._product import SIGNATURE, add_parts, finish, launch_product
+
+
+@triton.jit
+def _matmul_kernel(
+    x_ptr,  # float16 or bfloat16 [M, K]
+    words_ptr,  # int32 [N / 16, K / 64, 128]
+    absmax_ptr,  # float32 [K / BLOCK_SIZE, N], or uint8 codes
+    absmax2_ptr,  # float32 [ceil(blocks / 256)]
+    offset_ptr,  # float32 []
+    map_ptr,  # float32 [256]
+    levels_ptr,  # float32 [16]
+    t_ptr,  # dtype of x [M, rank]
+    lora_B_ptr,  # dtype of x [N, rank]
+    bias_ptr,  # float [N]
+    y_ptr,  # dtype of x [M, N]
+    parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_N * BLOCK_M]
+    arrived_ptr,  # int32 [tiles], zeros before and after
+    M,
+    N,
+    K,
+    rank,
+    scaling,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # at least 16 a warp
+    SPLIT_K: tl.constexpr,
+    RANK: tl.constexpr,  # 0, or rank rounded up to a power of two from 16
+    HAS_BIAS: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+):
+    pid, pid_k = tl.program_id(0), tl.program_id(1)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid_n, pid_m = pid % tiles_n, pid // tiles_n
+    # Rows beyond the end repeat the last one; what comes of them is not stored.
+    offs_m = tl.minimum(pid_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
+    offs_n = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    offs_k = tl.arange(0, 64)
+    tiles = tl.minimum(pid_n * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16), N // 16 - 1)
+    steps = K // 64
+    word_ptrs = words_ptr + tiles.to(tl.int64)[:, None] * (steps * 128) + tl.arange(0, 128)[None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + offs_k[:, None]
+    scale_ptrs = absmax_ptr + offs_n
+    first_blocks = offs_n * (K // BLOCK_SIZE)
+    offset = 0.0
+    if absmax_ptr.dtype.element_ty == tl.uint8:
+        offset = tl.load(offset_ptr)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for step in tl.range(steps * pid_k // SPLIT_K, steps * (pid_k + 1) // SPLIT_K):
+        words = tl.load(word_ptrs + step * 128)  # [BLOCK_N / 16, 128]
+        column = step * 64 // BLOCK_SIZE
+        scale0 = load_scales(
+            scale_ptrs, absmax2_ptr, map_ptr, offset, first_blocks, column, N
+        )  # [BLOCK_N]
+        scale1 = scale0
+        if BLOCK_SIZE == 32:
+            scale1 = load_scales(
+                scale_ptrs, absmax2_ptr, map_ptr, offset, first_blocks, column + 1, N
+            )
+        x = tl.load(x_ptrs + step * 64)  # [64, BLOCK_M]
+        w = decode_tile(words, scale0, scale1, levels_ptr, BLOCK_N, x_ptr.dtype.element_ty, SHUFFLE)
+        acc = tl.dot(w, x, acc)
+    acc, is_last = add_parts(acc, parts_ptr, arrived_ptr, pid, tl.num_programs(0), pid_k, SPLIT_K)
+    if is_last:
+        finish(
+            acc,
+            t_ptr,
+            lora_B_ptr,
+            bias_ptr,
+            y_ptr,
+            pid_m * BLOCK_M,
+            pid_n * BLOCK_N,
+            M,
+            N,
+            rank,
+            scaling,
+            RANK,
+            HAS_BIAS,
+        )
+
+
+def matmul(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    t: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    out_features: int,
+    block_size: int,
+) -> Tensor:
+    """Multiply by a weight in fragments; arguments as in nf4/reference/matmul.py."""
+    (m, k), n = x.shape, out_features
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if m:
+        config = matmul_config(m, n, k, x.device)
+        launch_product(
+            _matmul_kernel,
+            config,
+            -(-m // config.block_m) * -(-n // config.block_n),
+            y,
+            x,
+            packed,
+            absmax,
+            absmax2,
+            offset,
+            bias,
+            t,
+            lora_B,
+            scaling,
+            BLOCK_SIZE=block_size,
+            BLOCK_M=config.block_m,
+        )
+    return y
+
+
+def variants() -> list[Variant]:
+    """Return the compilations to report on: every tile where it may be chosen, and its extremes."""
+
+    def variant(
+        config: MatmulConfig, targets: tuple[str, ...], rank: int, name: str = ""
+    ) -> Variant:
+        constants = {
+            "BLOCK_SIZE": 64,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "SPLIT_K": 1 if config.block_n == 128 else 4,
+            "RANK": rank,
+            "HAS_BIAS": rank > 0,
+        }
+        return Variant(
+            f"matmul, {config.block_m}×{config.block_n}, rank {rank}{name}",
+            _matmul_kernel,
+            SIGNATURE,
+            constants,
+            config.block_n * 64,
+            config.num_warps,
+            config.num_stages,
+            indivisible=("M", "rank"),
+            targets=targets,
+        )
+
+    made = [variant(config, WGMMA, 16) for config in MATMUL]
+    made += [variant(MATMUL[-1], WGMMA, rank) for rank in (0, 256)]
+    made += [variant(config, MMA, 16, ", mma") for config in MATMUL_MMA]
+    made += [variant(config, MFMA, 16, ", mfma") for config in MATMUL_MFMA]
+    return made

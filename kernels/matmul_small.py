@@ -1,0 +1,170 @@
+"""Multiply up to 16 rows by a weight in fragments: y = x @ W.T + scaling * t @ lora_B.T + bias.
+
+The product is bound by the bytes of W: decoding has 3.5 instructions a weight. Levels are rounded
+to the dtype of x and multiplied as they are; the sum of each block is then scaled in fp32, and y is
+rounded once. Programs split K as in kernels/matmul.py. Reads 0.516 bytes a weight (block 64, double
+quantization).
+Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxiv.org/abs/2106.09685).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._aot import Variant
+from ._configs import MATMUL_SMALL, MATRIX, MatmulConfig, matmul_small_config
+from ._fragments import load_scales
+from ._levels16 import decode_levels
+from ._product import SIGNATURE, add_parts, finish, launch_product
+
+
+@triton.jit
+def _levels_tile(pairs, ROWS: tl.constexpr):
+    """Arrange four tensors ``[tiles, g, t, r, h, e]``, i = 2j + c, as ``[ROWS, 64]``."""
+    joined = tl.join(tl.join(pairs[0], pairs[1]), tl.join(pairs[2], pairs[3]))  # [..., e, c, j]
+    return tl.permute(joined, (0, 3, 1, 4, 7, 6, 2, 5)).reshape([ROWS, 64])
+
+
+@triton.jit
+def _matmul_small_kernel(
+    x_ptr,  # float16 or bfloat16 [M, K]
+    words_ptr,  # int32 [N / 16, K / 64, 128]
+    absmax_ptr,  # float32 [K / BLOCK_SIZE, N], or uint8 codes
+    absmax2_ptr,  # float32 [ceil(blocks / 256)]
+    offset_ptr,  # float32 []
+    map_ptr,  # float32 [256]
+    levels_ptr,  # float32 [16]
+    t_ptr,  # dtype of x [M, rank]
+    lora_B_ptr,  # dtype of x [N, rank]
+    bias_ptr,  # float [N]
+    y_ptr,  # dtype of x [M, N]
+    parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_N * 16]
+    arrived_ptr,  # int32 [tiles], zeros before and after
+    M,
+    N,
+    K,
+    rank,
+    scaling,
+    BLOCK_SIZE: tl.constexpr,  # at least 64
+    BLOCK_N: tl.constexpr,  # at least 16 a warp
+    UNROLL: tl.constexpr,  # tiles of 64 columns a step
+    SPLIT_K: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+):
+    pid_n, pid_k = tl.program_id(0), tl.program_id(1)
+    offs_m = tl.minimum(tl.arange(0, 16), M - 1)
+    offs_n = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    tiles = tl.minimum(pid_n * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16), N // 16 - 1)
+    all_tiles = K // 64
+    word_ptrs = words_ptr + tiles.to(tl.int64)[:, None] * (all_tiles * 128)
+    word_ptrs += tl.arange(0, 128)[None, :]
+    x_ptrs = x_ptr + offs_m[None, :] * K + tl.arange(0, 64)[:, None]
+    scale_ptrs = absmax_ptr + offs_n
+    first_blocks = offs_n * (K // BLOCK_SIZE)
+    offset = 0.0
+    if absmax_ptr.dtype.element_ty == tl.uint8:
+        offset = tl.load(offset_ptr)
+    steps = all_tiles // UNROLL
+    acc = tl.zeros([BLOCK_N, 16], tl.float32)
+    for step in tl.range(steps * pid_k // SPLIT_K, steps * (pid_k + 1) // SPLIT_K):
+        for u in tl.static_range(UNROLL):
+            tile = step * UNROLL + u
+            words = tl.load(word_ptrs + tile * 128)  # [BLOCK_N / 16, 128]
+            scale = load_scales(
+                scale_ptrs, absmax2_ptr, map_ptr, offset, first_blocks, tile * 64 // BLOCK_SIZE, N
+            )  # [BLOCK_N]
+            x = tl.load(x_ptrs + tile * 64)  # [64, 16]
+            pairs = decode_levels(
+                words.reshape([BLOCK_N // 16, 8, 4, 2, 2]),
+                levels_ptr,
+                x_ptr.dtype.element_ty,
+                SHUFFLE,
+            )
+            part = tl.dot(_levels_tile(pairs, BLOCK_N), x)
+            acc = tl.fma(part, tl.broadcast_to(scale[:, None], acc.shape), acc)
+    acc, is_last = add_parts(acc, parts_ptr, arrived_ptr, pid_n, tl.num_programs(0), pid_k, SPLIT_K)
+    if is_last:
+        finish(
+            acc,
+            t_ptr,
+            lora_B_ptr,
+            bias_ptr,
+            y_ptr,
+            0,
+            pid_n * BLOCK_N,
+            M,
+            N,
+            rank,
+            scaling,
+            RANK,
+            HAS_BIAS,
+        )
+
+
+def matmul_small(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    t: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    out_features: int,
+    block_size: int,
+) -> Tensor:
+    """Multiply few rows; arguments as in nf4/reference/matmul.py, block_size at least 64."""
+    (m, k), n = x.shape, out_features
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if m:
+        config = matmul_small_config(n, k, x.device)
+        launch_product(
+            _matmul_small_kernel,
+            config,
+            -(-n // config.block_n),
+            y,
+            x,
+            packed,
+            absmax,
+            absmax2,
+            offset,
+            bias,
+            t,
+            lora_B,
+            scaling,
+            BLOCK_SIZE=block_size,
+            UNROLL=next(u for u in (4, 2, 1) if k % (64 * u) == 0),
+        )
+    return y
+
+
+def variants() -> list[Variant]:
+    """Return the compilations to report on: every tile, split and whole."""
+
+    def variant(config: MatmulConfig, unroll: int, split_k: int, rank: int) -> Variant:
+        constants = {
+            "BLOCK_SIZE": 64,
+            "BLOCK_N": config.block_n,
+            "UNROLL": unroll,
+            "SPLIT_K": split_k,
+            "RANK": rank,
+            "HAS_BIAS": rank > 0,
+        }
+        return Variant(
+            f"matmul_small, {config.block_n}, unrolled {unroll}, split {split_k}, rank {rank}",
+            _matmul_small_kernel,
+            SIGNATURE,
+            constants,
+            config.block_n * 64 * unroll,
+            config.num_warps,
+            config.num_stages,
+            indivisible=("M", "rank"),
+            targets=MATRIX,
+        )
+
+    cuts = ((4, 1, 0), (4, 4, 16), (1, 4, 16))
+    return [variant(config, *cut) for config in MATMUL_SMALL for cut in cuts]

@@ -1,0 +1,75 @@
+"""Repack a quantized matrix between rows and fragments; orders as in nf4/reference/repack.py.
+
+One program takes a tile of 16 rows and 256 columns: 2048 bytes, each read from where the other
+order has it and written with its nibbles swapped. Scales are transposed by PyTorch. A conversion is
+done once a weight; it moves 0.5 bytes in and out an element.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._aot import Variant
+
+TILE_COLUMNS = 256
+
+
+@triton.jit
+def _repack_kernel(
+    in_ptr,  # uint8 [rows, columns / 2]
+    out_ptr,  # uint8 [rows, columns / 2]
+    row_bytes,  # columns / 2
+    TO_FRAGMENTS: tl.constexpr,
+    TILES: tl.constexpr,  # tiles of 64 columns a program
+):
+    first_tile = tl.program_id(0) * TILES
+    first_row = tl.program_id(1).to(tl.int64) * 16
+    i = tl.arange(0, TILES * 512)
+    # Byte i in fragments: tile, g, t, r, h, b, from the high end; b is the place in the word.
+    tile, g, t, r, h, b = i // 512, i // 64 % 8, i // 16 % 4, i // 8 % 2, i // 4 % 2, i % 4
+    in_rows = (8 * r + g) * row_bytes + (first_tile + tile) * 32 + 16 * h + 4 * b + t
+    mask = (first_tile + tile) * 32 < row_bytes
+    start = first_row * row_bytes
+    in_fragments = first_tile * 512 + i
+    if TO_FRAGMENTS:
+        byte = tl.load(in_ptr + start + in_rows, mask=mask, other=0)
+        tl.store(out_ptr + start + in_fragments, (byte << 4) | (byte >> 4), mask=mask)
+    else:
+        byte = tl.load(in_ptr + start + in_fragments, mask=mask, other=0)
+        tl.store(out_ptr + start + in_rows, (byte << 4) | (byte >> 4), mask=mask)
+
+
+def repack(
+    packed: Tensor, absmax: Tensor, rows: int, columns: int, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Return packed and absmax in a layout; arguments as in nf4/reference/repack.py."""
+    to_fragments = layout == "fragments"
+    blocks = absmax.numel() // rows
+    scales = absmax.view(rows, blocks) if to_fragments else absmax.view(blocks, rows)
+    out = torch.empty_like(packed, memory_format=torch.contiguous_format)
+    _repack_kernel[(-(-columns // TILE_COLUMNS), rows // 16)](
+        packed.contiguous(),
+        out,
+        columns // 2,
+        TO_FRAGMENTS=to_fragments,
+        TILES=TILE_COLUMNS // 64,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return out, scales.T.reshape(-1)
+
+
+def variants() -> list[Variant]:
+    """Return the compilations to report on: both directions."""
+    signature = {"in_ptr": "*u8", "out_ptr": "*u8", "row_bytes": "i32"}
+    return [
+        Variant(
+            f"repack, to {'fragments' if to_fragments else 'rows'}",
+            _repack_kernel,
+            signature,
+            {"TO_FRAGMENTS": to_fragments, "TILES": TILE_COLUMNS // 64},
+            16 * TILE_COLUMNS,
+        )
+        for to_fragments in (True, False)
+    ]

@@ -1,0 +1,40 @@
+"""What an adapter's backward takes from one pass over a tall matrix z: z.T @ v, z @ w, column sums.
+
+    z = dy, v = t, w = lora_B     dB = s * dy.T @ t       u = s * dy @ B       dbias = sums
+    z = x,  v = u                 dA.T = drop(x).T @ u / (1 - p)
+
+Sums are taken in fp32. Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
+"""
+
+from torch import Tensor
+
+from nf4.reference.dropout_mask import drop
+
+
+def lora_grad(
+    z: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    scaling: float,
+    need_sums: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return scaling * drop(z).T @ v / (1 - p), scaling * z @ w, and the sums of the columns of z.
+
+    Args:
+        z: float16 or bfloat16 ``[M, C]``.
+        v: dtype of z ``[M, r]``.
+        w: floating ``[C, r]``, rounded to the dtype of z; None if z @ w is not wanted.
+        scaling: factor of both products.
+        need_sums: whether the sums are wanted.
+        dropout_p: probability of dropping an element of z from z.T @ v, in [0, 1).
+        seed: int64 ``[]`` of the dropout mask; None for no dropout. No w and no sums with dropout.
+
+    Returns:
+        float32 ``[C, r]``, dtype of z ``[M, r]`` or None, float32 ``[C]`` or None.
+    """
+    wide = z.float()
+    across = scaling * (drop(wide, dropout_p, seed).T @ v.float()) / (1 - dropout_p)
+    along = None if w is None else (scaling * (wide @ w.to(z.dtype).float())).to(z.dtype)
+    return across, along, wide.sum(dim=0) if need_sums else None

@@ -1,0 +1,36 @@
+"""The output side of an adapter: drop(scaling * t @ b) / (1 - p) + bias, rounded once.
+
+With b = lora_B.T it is what an adapter adds to y; with t = u and b = lora_A, its part of the
+gradient of x, where dropout comes last.
+Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
+"""
+
+from torch import Tensor
+
+from nf4.reference.dropout_mask import drop
+
+
+def lora_up(
+    t: Tensor,
+    b: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """Return the sum.
+
+    Args:
+        t: float16 or bfloat16 ``[M, r]``.
+        b: floating ``[r, N]``, of any strides, rounded to the dtype of t.
+        scaling: factor of the product.
+        bias: floating ``[N]`` or None.
+        dropout_p: probability of dropping an element of the product, in [0, 1).
+        seed: int64 ``[]`` of the dropout mask; None for no dropout.
+
+    Returns:
+        dtype of t ``[M, N]``.
+    """
+    product = scaling * (t.float() @ b.to(t.dtype).float())
+    out = drop(product, dropout_p, seed) / (1 - dropout_p)
+    return (out if bias is None else out + bias.float()).to(t.dtype)

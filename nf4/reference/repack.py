@@ -1,0 +1,43 @@
+"""Repack a quantized matrix between rows and fragments, the order that tensor cores read.
+
+rows        bitsandbytes' order: byte i holds elements 2i (high nibble) and 2i + 1; absmax in the
+            order of the blocks.
+fragments   tiles of 16 rows and 64 columns, 512 bytes each. The lane 4g + t of a warp owns 16
+            bytes, four words w = 2 r + h; nibble 4j + 2c + e of a word, from the low end, is the
+            element of row 8r + g and column 32h + 16j + 8c + 2t + e: the left operand of a 16-bit
+            matrix product (PTX manual, section 9.7.14). absmax column by column: the scales of all
+            rows at one column of blocks are neighbours.
+
+Both have the same size and hold the same codes. W ``[N, K]`` can be in fragments if N is a multiple
+of 16, and K of 64 and of the block size.
+"""
+
+from torch import Tensor
+
+
+def repack(
+    packed: Tensor, absmax: Tensor, rows: int, columns: int, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Return packed and absmax in a layout, given them in the other.
+
+    Args:
+        packed: uint8 ``[rows, columns / 2]``.
+        absmax: float32 scales or their uint8 codes, one a block.
+        rows: N.
+        columns: K.
+        layout: "rows" or "fragments", the order wanted.
+
+    Returns:
+        packed: uint8 ``[rows, columns / 2]``.
+        absmax: as given, reordered.
+    """
+    blocks = absmax.numel() // rows
+    if layout == "fragments":
+        # row tile, r, g, column tile, h, two bits of the nibble's place, t
+        tiles = packed.view(rows // 16, 2, 8, columns // 64, 2, 4, 4).permute(0, 3, 2, 6, 1, 4, 5)
+        scales = absmax.view(rows, blocks).T
+    else:
+        tiles = packed.view(rows // 16, columns // 64, 8, 4, 2, 2, 4).permute(0, 4, 2, 1, 5, 6, 3)
+        scales = absmax.view(blocks, rows).T
+    swapped = (tiles << 4 | tiles >> 4).reshape(rows, columns // 2)  # odd columns were low nibbles
+    return swapped, scales.reshape(-1)
