@@ -1,7 +1,9 @@
 """Tile choices of the kernels that have a choice.
 
-Chosen by the model of nf4/cost.py, no GPU involved so far: the bytes of a launch over the memory's
-bandwidth, or what the busiest multiprocessor has to compute, whichever takes longer.
+Chosen by a model, no GPU involved so far: the bytes of a launch over the memory's bandwidth, or
+what the busiest multiprocessor has to do, whichever takes longer. The second counts, for a step of
+64 columns, the tensor cores, the instructions issued, and shared memory at 128 bytes a cycle, which
+shuffles, loads, copies and the products' reads of x pass through: whichever is most.
 """
 
 from dataclasses import dataclass, replace
@@ -21,8 +23,8 @@ class MatmulConfig:
         block_n: rows of W a program.
         num_warps: of a program.
         num_stages: of the pipeline.
-        cycles: that a step of 64 columns holds a multiprocessor of sm_90, by the tensor cores or by
-            instructions issued, whichever is more; counted by `nf4 bench --compile`.
+        cycles: that a step of 64 columns holds a multiprocessor, counted for sm_90 (of MATMUL_MMA
+            for sm_80, of MATMUL_MFMA guessed).
         split_k: programs that share the columns.
     """
 
@@ -34,23 +36,18 @@ class MatmulConfig:
     split_k: int = 1
 
 
-def padded_rank(rank: int) -> int:
-    """Return 0, or the power of two from 16 on that a matrix product takes for a rank."""
-    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
-
-
 SMALL_M = 16  # rows that matmul_small takes
 MATMUL_SMALL = (
-    MatmulConfig(16, 128, 4, 3, 262),
-    MatmulConfig(16, 64, 4, 4, 175),
+    MatmulConfig(16, 128, 4, 3, 300),
+    MatmulConfig(16, 64, 4, 4, 180),
 )
 MATMUL = (
-    MatmulConfig(16, 64, 4, 4, 240),
-    MatmulConfig(32, 64, 4, 4, 240),
-    MatmulConfig(64, 64, 4, 4, 240),
-    MatmulConfig(128, 64, 4, 4, 256),
-    MatmulConfig(128, 128, 8, 3, 512),
-    MatmulConfig(256, 128, 8, 3, 1024),
+    MatmulConfig(16, 64, 4, 4, 221),
+    MatmulConfig(32, 64, 4, 4, 229),
+    MatmulConfig(64, 64, 4, 4, 299),
+    MatmulConfig(128, 64, 4, 4, 444),
+    MatmulConfig(128, 128, 8, 3, 760),
+    MatmulConfig(256, 128, 8, 3, 1144),
 )
 # What fits the registers of GPUs whose tensor cores read both factors from them
 MATMUL_MMA = (
@@ -70,24 +67,30 @@ WGMMA = ("sm_90", "sm_100")
 MMA = ("sm_80", "sm_89")
 MFMA = ("gfx942", "gfx90a")
 MATRIX = WGMMA + MMA + MFMA  # not gfx1100, where a weight is dequantized and the library multiplies
-SPLITS = (1, 2, 4, 8)
+SPLITS = (1, 2, 3, 4, 6, 8)
 MIN_STEPS = 8  # tiles of 64 columns that a program should have at least
-# A program of 4 warps alone on a multiprocessor: decoding does not overlap its products
-_ALONE = 1.5
+# Guesses, until a GPU says better: what a pipeline reaches of what its busiest unit could; how much
+# longer a program of 4 warps takes that is alone, when decoding does not overlap products; how much
+# faster than the memory the cache is, where programs that split K leave their sums.
+_EFFICIENCY, _ALONE, _CACHE = 0.85, 1.3, 2.5
+
+
+def padded_rank(rank: int) -> int:
+    """Return 0, or the power of two from 16 on that a matrix product takes for a rank."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 0
 
 
 def seconds(config: MatmulConfig, device: Device, m: int, n: int, k: int) -> float:
     """Return the modelled time of a launch."""
-    tiles_m, tiles_n = -(-m // config.block_m), -(-n // config.block_n)
-    programs = tiles_m * tiles_n * config.split_k
+    programs = -(-m // config.block_m) * -(-n // config.block_n) * config.split_k
     a_multiprocessor = -(-programs // device.sms)
     steps = -(-(k // 64) // config.split_k)
-    compute = a_multiprocessor * steps * config.cycles / device.clock
+    compute = a_multiprocessor * steps * config.cycles / device.clock / _EFFICIENCY
     if a_multiprocessor * config.num_warps < 8:
         compute *= _ALONE
     moved = weight_bytes(n, k) + 2 * (m * k + m * n)
     if config.split_k > 1:
-        moved += 8 * config.split_k * tiles_m * config.block_m * n
+        moved += 8 * config.split_k * m * n / _CACHE
     return max(moved / device.bandwidth, compute)
 
 

@@ -21,6 +21,7 @@ def add_parts(
     tile,
     tiles,
     pid_k,
+    mask,  # bool, of the sums that are wanted
     SPLIT_K: tl.constexpr,
 ):
     """Return the sum over all programs of a tile, and whether this program has it.
@@ -35,14 +36,14 @@ def add_parts(
     size: tl.constexpr = BLOCK_N * BLOCK_M
     part_ptrs = parts_ptr + tile.to(tl.int64) * size + offs
     stride = tiles.to(tl.int64) * size
-    tl.store(part_ptrs + pid_k * stride, acc)
+    tl.store(part_ptrs + pid_k * stride, acc, mask=mask)
     tl.debug_barrier()  # all threads have stored before one of them counts the program
     is_last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
     if is_last:
         tl.store(arrived_ptr + tile, 0)
         acc = tl.zeros_like(acc)
         for k in range(SPLIT_K):
-            acc += tl.load(part_ptrs + k * stride, cache_modifier=".cg")
+            acc += tl.load(part_ptrs + k * stride, mask=mask, other=0.0, cache_modifier=".cg")
     return acc, is_last
 
 

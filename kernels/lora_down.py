@@ -54,11 +54,14 @@ def _lora_down_kernel(
             x = tl.where(kept_here, x, 0.0)
         a = tl.load(a_ptrs + first, mask=mask_k[:, None] & mask_r, other=0.0)  # [BLOCK_K, RANK]
         acc = tl.dot(x, a.to(x.dtype), acc)
-    acc, is_last = add_parts(acc, parts_ptr, arrived_ptr, pid_m, tl.num_programs(0), pid_k, SPLIT_K)
+    mask = (offs_m < M)[:, None] & mask_r
+    acc, is_last = add_parts(
+        acc, parts_ptr, arrived_ptr, pid_m, tl.num_programs(0), pid_k, mask, SPLIT_K
+    )
     if is_last:
         t = acc * kept_inverse
         t_ptrs = t_ptr + offs_m[:, None] * rank + offs_r[None, :]
-        tl.store(t_ptrs, t.to(t_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_r)
+        tl.store(t_ptrs, t.to(t_ptr.dtype.element_ty), mask=mask)
 
 
 def lora_down(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:

@@ -128,6 +128,11 @@ def lora_grad(
     )
 
 
+def max_rank(device: torch.device) -> int:
+    """Return the largest rank that fits the registers of a device."""
+    return 32 if device.type == "cuda" and torch.version.hip else 64
+
+
 def _strip(padded_rank: int) -> tuple[int, int]:
     """Return columns and warps of a program: what its registers hold of z.T @ v."""
     return (256, 8) if padded_rank <= 32 else (128, 8)

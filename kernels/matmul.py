@@ -88,7 +88,10 @@ def _matmul_kernel(
         x = tl.load(x_ptrs + step * 64)  # [64, BLOCK_M]
         w = decode_tile(words, scale0, scale1, levels_ptr, BLOCK_N, x_ptr.dtype.element_ty, SHUFFLE)
         acc = tl.dot(w, x, acc)
-    acc, is_last = add_parts(acc, parts_ptr, arrived_ptr, pid, tl.num_programs(0), pid_k, SPLIT_K)
+    mask = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M) < M)[None, :]
+    acc, is_last = add_parts(
+        acc, parts_ptr, arrived_ptr, pid, tl.num_programs(0), pid_k, mask, SPLIT_K
+    )
     if is_last:
         finish(
             acc,

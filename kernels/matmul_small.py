@@ -85,7 +85,10 @@ def _matmul_small_kernel(
             )
             part = tl.dot(_levels_tile(pairs, BLOCK_N), x)
             acc = tl.fma(part, tl.broadcast_to(scale[:, None], acc.shape), acc)
-    acc, is_last = add_parts(acc, parts_ptr, arrived_ptr, pid_n, tl.num_programs(0), pid_k, SPLIT_K)
+    mask = (tl.arange(0, 16) < M)[None, :]
+    acc, is_last = add_parts(
+        acc, parts_ptr, arrived_ptr, pid_n, tl.num_programs(0), pid_k, mask, SPLIT_K
+    )
     if is_last:
         finish(
             acc,

@@ -57,7 +57,7 @@ def repack(
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return out, scales.T.reshape(-1)
+    return out, scales.T.clone(memory_format=torch.contiguous_format).view(-1)
 
 
 def variants() -> list[Variant]:

@@ -6,9 +6,11 @@ what four bits cost. Importing this package needs neither a GPU nor Triton.
 
 from nf4.checkpoint import load_adapter, save_adapter
 from nf4.convert import add_lora, merge, quantize_model
+from nf4.dispatch import explain
 from nf4.error import model_error, quantization_error
 from nf4.functional import dequantize, linear, lora_linear, quantize, to_fragments, to_rows
 from nf4.linear import LinearNF4, QLoRALinear
+from nf4.scratch import release_scratch
 from nf4.tensor import NF4Tensor
 
 __version__ = "0.1.0"
@@ -18,6 +20,7 @@ __all__ = [
     "QLoRALinear",
     "add_lora",
     "dequantize",
+    "explain",
     "linear",
     "load_adapter",
     "lora_linear",
@@ -26,6 +29,7 @@ __all__ = [
     "quantization_error",
     "quantize",
     "quantize_model",
+    "release_scratch",
     "save_adapter",
     "to_fragments",
     "to_rows",

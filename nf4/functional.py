@@ -228,6 +228,7 @@ def lora_linear(
         float(scaling),
         float(dropout_p),
         seed,
+        torch.is_grad_enabled() and lora_B.requires_grad,
         q.block_size,
         q.layout,
     )

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from nf4.dispatch import wants_fragments
 from nf4.functional import (
     check_block_size,
     check_dropout,
@@ -15,6 +16,8 @@ from nf4.functional import (
     linear,
     lora_linear,
     quantize,
+    to_fragments,
+    to_rows,
 )
 from nf4.tensor import NF4Tensor, check_nf4
 
@@ -55,6 +58,10 @@ class LinearNF4(nn.Module):
     no special case: ``packed`` uint8 ``[out_features, in_features / 2]``, ``absmax``, and with
     double quantization ``absmax2`` and ``offset``, as in `NF4Tensor`. Casting the module changes
     the bias and `dtype`, never the bytes or the fp32 scales.
+
+    On a GPU with kernels for the weight's shape, ``packed`` and ``absmax`` are held in the order
+    that tensor cores read (`layout` "fragments"), from the moment the layer arrives there;
+    elsewhere, and in every ``state_dict``, in rows. `to_rows` and `to_fragments` change it.
 
     Args:
         in_features: size of each input.
@@ -164,10 +171,38 @@ class LinearNF4(nn.Module):
 
     def _set_weight(self, q: NF4Tensor) -> None:
         self.block_size, self.double_quant, self.dtype = q.block_size, q.double_quant, q.dtype
+        self.layout = q.layout
         for name in _FROZEN:
             tensor = getattr(q, name)
             parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, parameter)
+        self._choose_layout()
+
+    def _choose_layout(self) -> None:
+        """Hold the weight in fragments where there are kernels for it, in rows elsewhere."""
+        q = self.weight
+        if q.device.type == "meta":
+            return
+        if q.layout == "rows" and wants_fragments(q.shape, q.block_size, q.device):
+            self.to_fragments()
+        elif q.layout == "fragments" and q.device.type != "cuda":
+            self.to_rows()
+
+    def to_fragments(self) -> Self:
+        """Hold the weight in the order that tensor cores read; lossless. Returns the layer.
+
+        Raises:
+            ValueError: the weight's shape does not go into whole tiles and blocks.
+        """
+        return self._hold(to_fragments(self.weight))
+
+    def to_rows(self) -> Self:
+        """Hold the weight in rows, as files do; lossless. Returns the layer."""
+        return self._hold(to_rows(self.weight))
+
+    def _hold(self, q: NF4Tensor) -> Self:
+        self.packed.data, self.absmax.data, self.layout = q.packed, q.absmax, q.layout
+        return self
 
     @property
     def weight(self) -> NF4Tensor:
@@ -181,6 +216,7 @@ class LinearNF4(nn.Module):
             self.block_size,
             self.absmax2,
             self.offset,
+            self.layout,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -216,7 +252,17 @@ class LinearNF4(nn.Module):
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         if dtype.is_floating_point:
             self.dtype = dtype
+        self._choose_layout()
         return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Save the weight in rows, whatever its layout in memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "rows":
+            q = to_rows(self.weight)
+            destination[prefix + "packed"], destination[prefix + "absmax"] = q.packed, q.absmax
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse a weight quantized otherwise, before anything is copied."""
@@ -234,8 +280,21 @@ class LinearNF4(nn.Module):
                     f"{self.block_size}, double_quant={self.double_quant}), "
                     f"got {new.dtype} {tuple(new.shape)}"
                 )
-        if len(errors) == found:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+        if len(errors) != found:
+            return
+        layout, self.layout = self.layout, "rows"
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if layout != "rows" and not self.packed.is_meta:
+            self._restore_layout(state_dict, prefix, layout)
+
+    def _restore_layout(self, state_dict: dict[str, Any], prefix: str, layout: str) -> None:
+        """Repack what was just loaded in rows; what was not loaded is in fragments still."""
+        q = self.weight
+        packed, absmax = (prefix + name in state_dict for name in ("packed", "absmax"))
+        repacked = to_fragments(q)
+        self.packed.data = repacked.packed if packed else self.packed.data
+        self.absmax.data = repacked.absmax if absmax else self.absmax.data
+        self.layout = layout
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""

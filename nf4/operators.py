@@ -69,22 +69,25 @@ def call(name: str, *args: Any) -> Any:
     return compute(*args)
 
 
-# What replaces references on a kind of device: a package, what it needs, the operators it has
-_KERNELS = ("nf4.kernels", "triton", ("quantize", "quantize_absmax", "dequantize", "repack"))
+# What replaces references on a kind of device: packages, what they need, the files they have
+_KERNELS = (
+    ("nf4.kernels", "triton", ("quantize", "quantize_absmax", "dequantize", "repack")),
+    ("nf4.gpu", "triton", ("linear", "lora_linear")),
+)
 _FASTER = {
     "cuda": _KERNELS,  # ROCm calls itself cuda too
-    "xpu": _KERNELS,
-    "cpu": ("nf4.cpu", "numba", ("dequantize", "linear", "lora_linear")),
+    "xpu": _KERNELS[:1],
+    "cpu": (("nf4.cpu", "numba", ("dequantize", "linear", "lora_linear")),),
 }
 
 
 @lru_cache
-def _implementation(op: str, device_type: str) -> Callable[..., Any]:
+def implementation(op: str, device_type: str) -> Callable[..., Any]:
     """Return what computes an operator on a kind of device, the reference if nothing faster."""
-    file = op.removesuffix("_backward")
-    package, needs, files = _FASTER.get(device_type, ("", "", ()))
-    if file not in files or importlib.util.find_spec(needs) is None:
-        package = reference.__name__
+    file, package = op.removesuffix("_backward"), reference.__name__
+    for faster, needs, files in _FASTER.get(device_type, ()):
+        if file in files and importlib.util.find_spec(needs) is not None:
+            package = faster
     function: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{file}"), op)
     return function
 
@@ -111,7 +114,7 @@ def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 
 
 def _quantize(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
-    packed, absmax = _implementation("quantize", w.device.type)(w, block_size)
+    packed, absmax = implementation("quantize", w.device.type)(w, block_size)
     if check and not torch.isfinite(absmax).all():
         position = (~torch.isfinite(w.reshape(-1))).nonzero()[0, 0].cpu()
         index = tuple(int(i) for i in torch.unravel_index(position, w.shape))
@@ -133,12 +136,12 @@ def _quantize_out(w: Tensor, block_size: int, check: bool, packed: Tensor, absma
         for target, value in zip(out, _quantize(w, block_size, check), strict=True):
             target.copy_(value)
     else:
-        _implementation("quantize", w.device.type)(w, block_size, out)
+        implementation("quantize", w.device.type)(w, block_size, out)
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parts: tuple[Tensor, Tensor, Tensor]
-    parts = _implementation("quantize_absmax", absmax.device.type)(absmax)
+    parts = implementation("quantize_absmax", absmax.device.type)(absmax)
     return parts
 
 
@@ -149,14 +152,14 @@ def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantize_absmax_out(absmax: Tensor, codes: Tensor, absmax2: Tensor, offset: Tensor) -> None:
-    _implementation("quantize_absmax", absmax.device.type)(absmax, (codes, absmax2, offset))
+    implementation("quantize_absmax", absmax.device.type)(absmax, (codes, absmax2, offset))
 
 
 # --- dequantize
 
 
 def _dequantize(packed: Tensor, *args: Any) -> Tensor:
-    out: Tensor = _implementation("dequantize", packed.device.type)(packed, *args)
+    out: Tensor = implementation("dequantize", packed.device.type)(packed, *args)
     return out
 
 
@@ -190,7 +193,7 @@ def _dequantize_out(
 
 
 def _repack(packed: Tensor, absmax: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    packed, absmax = _implementation("repack", packed.device.type)(packed, absmax, *args)
+    packed, absmax = implementation("repack", packed.device.type)(packed, absmax, *args)
     return packed, absmax
 
 
@@ -203,7 +206,7 @@ def _repack_fake(packed: Tensor, absmax: Tensor, *args: Any) -> tuple[Tensor, Te
 
 def _linear(x: Tensor, *args: Any) -> Tensor:
     with _no_autocast(x):
-        out: Tensor = _implementation("linear", x.device.type)(x, *args)
+        out: Tensor = implementation("linear", x.device.type)(x, *args)
     return out
 
 
@@ -213,7 +216,7 @@ def _linear_fake(x: Tensor, *args: Any) -> Tensor:
 
 def _linear_backward(dy: Tensor, *args: Any) -> Tensor:
     with _no_autocast(dy):
-        out: Tensor = _implementation("linear_backward", dy.device.type)(dy, *args)
+        out: Tensor = implementation("linear_backward", dy.device.type)(dy, *args)
     return out
 
 
@@ -239,18 +242,20 @@ def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     with _no_autocast(x):
-        y, t = _implementation("lora_linear", x.device.type)(x, *args)
-    return y, t
+        y, t = implementation("lora_linear", x.device.type)(x, *args)
+    need_t = args[10]
+    return y, t if need_t else x.new_empty(0)
 
 
 def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    lora_A, lora_B = args[5], args[6]
-    return x.new_empty(x.shape[0], lora_B.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+    lora_A, lora_B, need_t = args[5], args[6], args[10]
+    t = x.new_empty(x.shape[0], lora_A.shape[0]) if need_t else x.new_empty(0)
+    return x.new_empty(x.shape[0], lora_B.shape[0]), t
 
 
 def _lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with _no_autocast(dy):
-        grads = _implementation("lora_linear_backward", dy.device.type)(dy, *args)
+        grads = implementation("lora_linear_backward", dy.device.type)(dy, *args)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 
@@ -270,7 +275,7 @@ def _lora_linear_backward_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _lora_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, packed, absmax, absmax2, offset, bias, lora_A, lora_B, scaling, p, seed, *form = inputs
+    x, packed, absmax, absmax2, offset, bias, lora_A, lora_B, scaling, p, seed, _, *form = inputs
     _, t = output
     ctx.mark_non_differentiable(t)
     need = ctx.needs_input_grad
@@ -291,7 +296,7 @@ def _lora_linear_autograd(ctx: Any, dy: Tensor, dt: None) -> tuple[Tensor | None
     dx, dbias, dA, dB = (
         g.to(dtype) if need else None for g, dtype, need in zip(grads, dtypes, needs, strict=True)
     )
-    return dx, None, None, None, None, dbias, dA, dB, None, None, None, None, None
+    return dx, None, None, None, None, dbias, dA, dB, None, None, None, None, None, None
 
 
 _define(
@@ -362,7 +367,8 @@ _define(
 )
 _define(
     "lora_linear",
-    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LORA}, int block_size, {_LAYOUT}) -> (Tensor, Tensor)",
+    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LORA}, bool need_t, int block_size, {_LAYOUT})"
+    " -> (Tensor, Tensor)",
     _lora_linear,
     _lora_linear_fake,
     _lora_linear_autograd,

@@ -22,12 +22,12 @@ def scratch(purpose: str, size: int, dtype: torch.dtype, device: torch.device) -
         dtype: of the elements, always the same for a purpose.
         device: where.
     """
-    return _get(purpose, size, dtype, device, torch.empty)
+    return _get(purpose, size, dtype, device, zeroed=False)
 
 
 def zeros(purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a flat buffer of zeros, which the caller must leave all zeros; as `scratch`."""
-    return _get(purpose, size, dtype, device, torch.zeros)
+    return _get(purpose, size, dtype, device, zeroed=True)
 
 
 def release_scratch() -> None:
@@ -35,7 +35,8 @@ def release_scratch() -> None:
     _buffers.clear()
 
 
-def _get(purpose, size, dtype, device, make):  # type: ignore[no-untyped-def]
+def _get(purpose: str, size: int, dtype: torch.dtype, device: torch.device, zeroed: bool) -> Tensor:
+    make = torch.zeros if zeroed else torch.empty
     stream = 0
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():

@@ -143,16 +143,16 @@ def test_cpu_lora_linear_equals_reference(case, dtype, dropout_p) -> None:
     x, dy, q, bias = case
     n, k = q.shape
     seed = torch.tensor(7) if dropout_p else None
-    lora = (torch.randn(4, k), torch.randn(n, 4), 0.5, dropout_p, seed, q.block_size)
+    lora = (torch.randn(4, k), torch.randn(n, 4), 0.5, dropout_p, seed)
     results = []
     for module, dt in (
         (cpu_lora_linear, dtype),
         (reference_lora_linear, dtype),
         (reference_lora_linear, torch.float64),
     ):
-        y, t = module.lora_linear(x.to(dtype).to(dt), *parts(q), bias, *lora)
+        y, t = module.lora_linear(x.to(dtype).to(dt), *parts(q), bias, *lora, True, q.block_size)
         rows = (dy.to(dtype).to(dt), x.to(dtype).to(dt), t)
-        grads = module.lora_linear_backward(*rows, *parts(q), *lora, [True] * 4)
+        grads = module.lora_linear_backward(*rows, *parts(q), *lora, q.block_size, [True] * 4)
         results.append((y, t, *grads))
     for ours, expected, exact in zip(*results, strict=True):
         check_close(ours, expected, exact)
@@ -170,12 +170,12 @@ def test_cpu_memory_of_a_product_stays_below_the_weight_s() -> None:
 
 
 def test_operators_fall_back_to_the_reference_without_numba(monkeypatch) -> None:
-    assert operators._implementation("dequantize", "cpu") is cpu_dequantize.dequantize
-    assert operators._implementation("dequantize", "mps") is reference_dequantize.dequantize
+    assert operators.implementation("dequantize", "cpu") is cpu_dequantize.dequantize
+    assert operators.implementation("dequantize", "mps") is reference_dequantize.dequantize
     monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: None)
-    operators._implementation.cache_clear()
+    operators.implementation.cache_clear()
     try:
-        found = operators._implementation("lora_linear_backward", "cpu")
+        found = operators.implementation("lora_linear_backward", "cpu")
         assert found is reference.lora_linear.lora_linear_backward
     finally:
-        operators._implementation.cache_clear()
+        operators.implementation.cache_clear()

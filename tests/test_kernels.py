@@ -109,7 +109,7 @@ def test_bench_compile_prints_a_row_for_each_kernel(capsys) -> None:
 
 
 def test_operators_take_the_kernel_on_a_gpu() -> None:
-    from nf4.operators import _implementation
+    from nf4.operators import implementation
 
     for op in OPS:
-        assert _implementation(op, "cuda").__module__ == f"nf4.kernels.{op}"
+        assert implementation(op, "cuda").__module__ == f"nf4.kernels.{op}"

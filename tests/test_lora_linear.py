@@ -163,7 +163,7 @@ def test_lora_linear_passes_opcheck(q, p) -> None:
     seed = torch.tensor(5) if p else None
     torch.use_deterministic_algorithms(False)
     torch.library.opcheck(
-        torch.ops.nf4.lora_linear.default, (x, *q.tensors(), bias, a, b, 2.0, p, seed, 64)
+        torch.ops.nf4.lora_linear.default, (x, *q.tensors(), bias, a, b, 2.0, p, seed, True, 64)
     )
     dy, t = torch.randn(5, 24), torch.randn(5, 3)
     for needs in ([True] * 4, [True, False, False, False]):

@@ -102,7 +102,8 @@ def as_weight(
 ) -> Weight:
     """Return the parts of a weight in rows as numpy arrays, without a copy where that goes."""
     if layout == "fragments":
-        packed, absmax = repack(packed, absmax, *shape, "rows")
+        n, k = shape
+        packed, absmax = repack(packed, absmax, n, k, "rows")
     nested = absmax2 is not None
     fp32, codes = (None, absmax) if nested else (absmax, None)
     return Weight(

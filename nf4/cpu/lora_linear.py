@@ -20,6 +20,7 @@ def lora_linear(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    need_t: bool,
     block_size: int,
     layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:

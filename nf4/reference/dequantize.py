@@ -45,7 +45,8 @@ def dequantize(
         dtype ``shape``.
     """
     if layout == "fragments":
-        packed, absmax = repack(packed, absmax, *shape, "rows")
+        n, k = shape
+        packed, absmax = repack(packed, absmax, n, k, "rows")
     if absmax2 is not None and offset is not None:
         absmax = dequantize_absmax(absmax, absmax2, offset)
     byte = as_blocks(packed, block_size // 2).int()

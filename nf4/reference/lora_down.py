@@ -7,6 +7,7 @@ Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
 from torch import Tensor
 
 from nf4.reference.dropout_mask import drop
+from nf4.reference.linear import accumulator
 
 
 def lora_down(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -21,5 +22,6 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) 
     Returns:
         dtype of x ``[M, r]``.
     """
-    t = drop(x.float(), dropout_p, seed) @ lora_A.to(x.dtype).float().T
+    acc = accumulator(x.dtype)
+    t = drop(x.to(acc), dropout_p, seed) @ lora_A.to(x.dtype).to(acc).T
     return (t / (1 - dropout_p)).to(x.dtype)

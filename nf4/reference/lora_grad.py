@@ -9,6 +9,7 @@ Sums are taken in fp32. Source: LoRA (https://arxiv.org/abs/2106.09685, section 
 from torch import Tensor
 
 from nf4.reference.dropout_mask import drop
+from nf4.reference.linear import accumulator
 
 
 def lora_grad(
@@ -34,7 +35,8 @@ def lora_grad(
     Returns:
         float32 ``[C, r]``, dtype of z ``[M, r]`` or None, float32 ``[C]`` or None.
     """
-    wide = z.float()
-    across = scaling * (drop(wide, dropout_p, seed).T @ v.float()) / (1 - dropout_p)
-    along = None if w is None else (scaling * (wide @ w.to(z.dtype).float())).to(z.dtype)
+    acc = accumulator(z.dtype)
+    wide = z.to(acc)
+    across = scaling * (drop(wide, dropout_p, seed).T @ v.to(acc)) / (1 - dropout_p)
+    along = None if w is None else (scaling * (wide @ w.to(z.dtype).to(acc))).to(z.dtype)
     return across, along, wide.sum(dim=0) if need_sums else None

@@ -32,6 +32,7 @@ def lora_linear(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    need_t: bool,
     block_size: int,
     layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
@@ -49,12 +50,13 @@ def lora_linear(
         scaling: s.
         dropout_p: probability of dropping an element of x before A.
         seed: int64 ``[]`` of the dropout mask; None for no dropout.
+        need_t: whether t is wanted; where it comes for nothing it is given anyway.
         block_size: elements that share one absmax.
         layout: as in `dequantize`.
 
     Returns:
         y: dtype of x ``[M, N]``.
-        t: dtype of x ``[M, r]``.
+        t: dtype of x ``[M, r]``, or empty if it is not wanted.
     """
     acc = accumulator(x.dtype)
     shape = (lora_B.shape[0], x.shape[1])

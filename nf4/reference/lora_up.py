@@ -8,6 +8,7 @@ Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
 from torch import Tensor
 
 from nf4.reference.dropout_mask import drop
+from nf4.reference.linear import accumulator
 
 
 def lora_up(
@@ -31,6 +32,7 @@ def lora_up(
     Returns:
         dtype of t ``[M, N]``.
     """
-    product = scaling * (t.float() @ b.to(t.dtype).float())
+    acc = accumulator(t.dtype)
+    product = scaling * (t.to(acc) @ b.to(t.dtype).to(acc))
     out = drop(product, dropout_p, seed) / (1 - dropout_p)
-    return (out if bias is None else out + bias.float()).to(t.dtype)
+    return (out if bias is None else out + bias.to(acc)).to(t.dtype)

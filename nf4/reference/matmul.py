@@ -33,7 +33,7 @@ def matmul(
         offset: float32 ``[]``; None without double quantization.
         bias: floating ``[N]`` or None.
         t: dtype of x ``[M, r]``, x @ lora_A.T; None for no low-rank term.
-        lora_B: dtype of x ``[N, r]``; None with t.
+        lora_B: floating ``[N, r]``, rounded to the dtype of x; None with t.
         scaling: factor of the low-rank term, not 0.
         out_features: N.
         block_size: elements that share one absmax.
@@ -45,7 +45,7 @@ def matmul(
     w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype, "fragments")
     y = x.float() @ w.float().T
     if t is not None and lora_B is not None:
-        y += scaling * (t.float() @ lora_B.float().T)
+        y += scaling * (t.float() @ lora_B.to(x.dtype).float().T)
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype)

@@ -39,7 +39,7 @@ def matmul_small(
     sums = torch.einsum("mbk,nbk->mnb", x.float().view(len(x), -1, block_size), levels)
     y = (sums * absmax.view(n, -1)).sum(dim=-1)
     if t is not None and lora_B is not None:
-        y += scaling * (t.float() @ lora_B.float().T)
+        y += scaling * (t.float() @ lora_B.to(x.dtype).float().T)
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype)

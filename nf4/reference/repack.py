@@ -12,6 +12,7 @@ Both have the same size and hold the same codes. W ``[N, K]`` can be in fragment
 of 16, and K of 64 and of the block size.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -40,4 +41,4 @@ def repack(
         tiles = packed.view(rows // 16, columns // 64, 8, 4, 2, 2, 4).permute(0, 4, 2, 1, 5, 6, 3)
         scales = absmax.view(blocks, rows).T
     swapped = (tiles << 4 | tiles >> 4).reshape(rows, columns // 2)  # odd columns were low nibbles
-    return swapped, scales.reshape(-1)
+    return swapped, scales.clone(memory_format=torch.contiguous_format).view(-1)

@@ -1,9 +1,90 @@
 """Small things that several tests need."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from torch import Tensor
+
+import nf4
 
 
-def lazy_zeros(n: int, dtype: torch.dtype) -> torch.Tensor:
+def lazy_zeros(n: int, dtype: torch.dtype) -> Tensor:
     """Return zeros whose memory is taken only where it is written."""
     return torch.from_numpy(np.zeros(n * dtype.itemsize, np.uint8)).view(dtype)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """Return the relative error of a tensor, in the Frobenius norm."""
+    exact = exact.double()
+    return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def on_gpus(cases: dict) -> list[tuple]:
+    """Return (name of a case, GPU): all cases for sm_90, the first two for sm_80 too."""
+    return [*((name, "sm_90") for name in cases), *((name, "sm_80") for name in list(cases)[:2])]
+
+
+@dataclass
+class Product:
+    """A product of x by a weight in fragments, with an adapter, and what it should be.
+
+    y = x @ W.T + scaling * t @ lora_B.T + bias; `exact` in float64 from the operands as they are,
+    with W unrounded, `unfused` by PyTorch in the dtype of x, term by term.
+    """
+
+    x: Tensor
+    q: nf4.NF4Tensor  # in rows
+    bias: Tensor | None
+    t: Tensor | None
+    lora_B: Tensor | None
+    scaling: float
+
+    def to(self, device: torch.device) -> "Product":
+        """Return the same product on a device."""
+        tensors = (self.x, self.q, self.bias, self.t, self.lora_B)
+        return Product(*(None if v is None else v.to(device) for v in tensors), self.scaling)
+
+    def arguments(self) -> tuple:
+        """Return the arguments of `matmul` and `matmul_small`."""
+        f = nf4.to_fragments(self.q)
+        weight = (f.packed, f.absmax, f.absmax2, f.offset)
+        rest = (self.bias, self.t, self.lora_B, self.scaling, f.shape[0], f.block_size)
+        return (self.x, *weight, *rest)
+
+    def exact(self) -> Tensor:
+        """Return the product in float64."""
+        y = self.x.double() @ nf4.dequantize(self.q, torch.float64).T
+        if self.t is not None:
+            b = self.lora_B.to(self.x.dtype).double()
+            y += self.scaling * self.t.double() @ b.T
+        return y if self.bias is None else y + self.bias.double()
+
+    def unfused(self) -> Tensor:
+        """Return the product as PEFT would compute it."""
+        y = self.x @ nf4.dequantize(self.q, self.x.dtype).T
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.t is not None:
+            y = y + (self.t @ self.lora_B.to(y.dtype).T) * self.scaling
+        return y
+
+
+def make_product(
+    m: int,
+    n: int,
+    k: int,
+    block_size: int = 64,
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    r: int = 0,
+    bias: bool = False,
+    scaling: float = 2.0,
+) -> Product:
+    """Make a random product; the weight has a few outliers, as those of language models have."""
+    w = torch.randn(n, k) / k**0.5
+    w[torch.rand(n, k) < 1e-3] *= 20
+    t = torch.randn(m, r).to(dtype) if r else None
+    b = torch.randn(n, r) / max(r, 1) ** 0.5 if r else None
+    bias_ = torch.randn(n).to(dtype) if bias else None
+    q = nf4.quantize(w, block_size, double_quant)
+    return Product(torch.randn(m, k).to(dtype), q, bias_, t, b, scaling)

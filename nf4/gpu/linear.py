@@ -1,0 +1,81 @@
+"""Multiply by a quantized weight on a GPU: y = x @ W.T + bias, dx = dy @ W."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as library_linear
+
+from nf4.gpu.plan import plan
+from nf4.kernels.dequantize import dequantize
+from nf4.kernels.matmul import matmul
+from nf4.kernels.matmul_small import matmul_small
+from nf4.scratch import scratch
+
+KERNELS = {"matmul": matmul, "matmul_small": matmul_small}
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return x ``[..., K]`` as contiguous ``[M, K]``."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+
+
+def dense_scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return scratch memory for a dense weight, good until the next call that wants some."""
+    size = math.prod(shape)
+    return scratch(f"dense weight, {dtype}", size, dtype, device)[:size].view(shape)
+
+
+def dense_weight(
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    shape: tuple[int, int],
+    block_size: int,
+    layout: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Dequantize a weight into scratch memory, good until the next call that wants some."""
+    out = dense_scratch(shape, dtype, packed.device)
+    dequantize(packed, absmax, absmax2, offset, shape, block_size, dtype, layout, out)
+    return out
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    block_size: int,
+    layout: str = "rows",
+) -> Tensor:
+    """Return x @ W.T + bias; arguments as in nf4/reference/linear.py."""
+    rows, n = as_rows(x), out_features
+    weight = (packed, absmax, absmax2, offset)
+    kernel = plan(*rows.shape[:1], n, rows.shape[1], x.dtype, layout, block_size, x.device).kernel
+    if kernel in KERNELS:
+        y: Tensor = KERNELS[kernel](rows, *weight, bias, None, None, 1.0, n, block_size)
+    else:
+        w = dense_weight(*weight, (n, rows.shape[1]), block_size, layout, x.dtype)
+        y = library_linear(rows, w, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], n)
+
+
+def linear_backward(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    in_features: int,
+    block_size: int,
+    layout: str = "rows",
+) -> Tensor:
+    """Return dy @ W; arguments as in nf4/reference/linear.py."""
+    shape = (dy.shape[-1], in_features)
+    w = dense_weight(packed, absmax, absmax2, offset, shape, block_size, layout, dy.dtype)
+    return (as_rows(dy) @ w).view(*dy.shape[:-1], in_features)

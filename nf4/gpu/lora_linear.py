@@ -1,0 +1,143 @@
+"""Multiply by a quantized weight plus a low-rank update on a GPU, forward and backward.
+
+    few rows     t = x @ A.T in one pass, then one kernel: x @ W.T + s * t @ B.T + bias
+    many rows    W + s * B @ A dequantized into scratch, rounded once, then one library product
+    many rows, with dropout or W in rows
+                 what the adapter adds, then the library's product on top of it
+
+Backward makes u = s * dy @ B, dB and the gradient of bias in one pass over dy, dA in one over x.
+Nothing is computed twice; the dropout mask is made again from its seed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as library_linear
+
+from nf4.gpu.linear import KERNELS, dense_scratch, dense_weight
+from nf4.gpu.plan import has_matrix_kernels, plan
+from nf4.kernels.dequantize_merge import dequantize_merge
+from nf4.kernels.lora_down import lora_down
+from nf4.kernels.lora_grad import lora_grad, max_rank
+from nf4.kernels.lora_up import lora_up
+from nf4.reference.linear import accumulator
+from nf4.reference.lora_linear import add_lora, add_lora_backward
+
+MAX_RANK = 256
+
+
+def _fits(x: Tensor, n: int, k: int, r: int, seed: Tensor | None) -> bool:
+    """Return whether the adapter's kernels take these sizes; dropout goes by groups of eight."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or not has_matrix_kernels(x.device):
+        return False
+    return r <= MAX_RANK and (seed is None or k % 8 == 0)
+
+
+def lora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_t: bool,
+    block_size: int,
+    layout: str = "rows",
+) -> tuple[Tensor, Tensor]:
+    """Return y and t; arguments as in nf4/reference/lora_linear.py."""
+    x = x.contiguous()
+    (m, k), (n, r) = x.shape, lora_B.shape
+    weight = (packed, absmax, absmax2, offset)
+    if not _fits(x, n, k, r, seed):
+        acc = accumulator(x.dtype)
+        w = dense_weight(*weight, (n, k), block_size, layout, x.dtype)
+        y = x.to(acc) @ w.to(acc).T
+        return add_lora(y, x, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    kernel = plan(m, n, k, x.dtype, layout, block_size, x.device).kernel
+    if kernel == "dequantize" and layout == "fragments" and seed is None:
+        t = lora_down(x, lora_A, 0.0, None) if need_t else x.new_empty(0)
+        w = dense_scratch((n, k), x.dtype, x.device)
+        dequantize_merge(*weight, lora_A, lora_B, scaling, block_size, x.dtype, w)
+        return library_linear(x, w, None if bias is None else bias.to(x.dtype)), t
+    t = lora_down(x, lora_A, dropout_p, seed)
+    if kernel in KERNELS and scaling != 0:
+        return KERNELS[kernel](x, *weight, bias, t, lora_B, scaling, n, block_size), t
+    w = dense_weight(*weight, (n, k), block_size, layout, x.dtype)
+    return lora_up(t, lora_B.T, scaling, bias, 0.0, None).addmm_(x, w.T), t
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    t: Tensor | None,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    block_size: int,
+    needs: Sequence[bool],
+    layout: str = "rows",
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, bias, lora_A and lora_B; as in nf4/reference/lora_linear.py."""
+    dy = dy.contiguous()
+    (n, r), k = lora_B.shape, lora_A.shape[1]
+    weight = (packed, absmax, absmax2, offset)
+    if not _fits(dy, n, k, r, seed):
+        dx = None
+        if needs[0]:
+            acc = accumulator(dy.dtype)
+            w = dense_weight(*weight, (n, k), block_size, layout, dy.dtype)
+            dx = dy.to(acc) @ w.to(acc)
+        return add_lora_backward(dx, dy, x, t, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    merges = layout == "fragments" and seed is None
+    need_u = x is not None or (needs[0] and not merges)
+    u, dbias, dA, dB = None, None, None, None
+    if t is not None:
+        dB, u, dbias = _pass(dy, t, lora_B if need_u else None, scaling, needs[1])
+    elif needs[1]:
+        dbias = dy.sum(dim=0, dtype=torch.float32)
+    if need_u and u is None:
+        u = (dy @ lora_B.to(dy.dtype)).mul_(scaling)
+    if x is not None and u is not None:
+        dA = _pass_with_dropout(x.contiguous(), u, dropout_p, seed).T
+    dx = None
+    if needs[0] and merges:
+        w = dense_scratch((n, k), dy.dtype, dy.device)
+        dx = dy @ dequantize_merge(*weight, lora_A, lora_B, scaling, block_size, dy.dtype, w)
+    elif needs[0] and u is not None:
+        w = dense_weight(*weight, (n, k), block_size, layout, dy.dtype)
+        dx = lora_up(u, lora_A, 1.0, None, dropout_p, seed).addmm_(dy, w)
+    return dx, dbias, dA, dB
+
+
+def _pass(
+    dy: Tensor, t: Tensor, lora_B: Tensor | None, scaling: float, need_sums: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return dB, u and the sums of dy: one pass over dy, unless the rank is too large for it."""
+    if t.shape[1] <= max_rank(dy.device):
+        dB, u, sums = lora_grad(dy, t, lora_B, scaling, need_sums, 0.0, None)
+        return dB, u, sums
+    dB = (dy.T @ t).float().mul_(scaling)
+    u = None if lora_B is None else (dy @ lora_B.to(dy.dtype)).mul_(scaling)
+    return dB, u, dy.sum(dim=0, dtype=torch.float32) if need_sums else None
+
+
+def _pass_with_dropout(x: Tensor, u: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Return drop(x).T @ u / (1 - p): one pass over x, in strips of the rank."""
+    step = max_rank(x.device)
+    strips = [u[:, i : i + step].contiguous() for i in range(0, u.shape[1], step)]
+    parts = [lora_grad(x, part, None, 1.0, False, dropout_p, seed)[0] for part in strips]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

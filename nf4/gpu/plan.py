@@ -1,0 +1,123 @@
+"""Which kernel multiplies: one table, by rows of x, sizes of W, dtype and device.
+
+    weight             rows of x              what runs
+    in fragments       up to 16               matmul_small: bound by the bytes of W
+    in fragments       more, while faster     matmul: W decoded in the registers of the product
+    any                the rest               dequantize into scratch, then the library's product
+
+"While faster" is measured where nf4/gpu/measured/ has a file for the device (`nf4 bench --tune`
+writes it), and modelled by nf4/cost.py elsewhere. In rows W always goes the last way, and so does
+float32, float64, and a GPU without 16-bit tensor cores that Triton knows.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from nf4.cost import Device, dequantize_seconds, device_of, gemm_seconds
+from nf4.kernels import _configs  # type: ignore[attr-defined]
+from nf4.tensor import fits_fragments
+
+SMALL_BLOCK_SIZE = 64  # the least that matmul_small takes
+MEASURED = Path(__file__).parent / "measured"
+# Model: a library product reaches its throughput only with many rows; a kernel launch costs this.
+LAUNCH_SECONDS = 3e-6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What multiplies, why, and how long it should take.
+
+    Attributes:
+        kernel: "matmul_small", "matmul" or "dequantize".
+        reason: one sentence.
+        seconds: modelled time of the product, without an adapter.
+    """
+
+    kernel: str
+    reason: str
+    seconds: float
+
+
+def has_matrix_kernels(device: torch.device) -> bool:
+    """Return whether the kernels that multiply run on a device; a CPU stands for an H200."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    if torch.version.hip:
+        return "gfx9" in torch.cuda.get_device_properties(device).gcnArchName
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def wants_fragments(shape: torch.Size, block_size: int, device: torch.device) -> bool:
+    """Return whether layers hold a weight in fragments: on a GPU with kernels for its shape."""
+    return (
+        device.type == "cuda" and fits_fragments(shape, block_size) and has_matrix_kernels(device)
+    )
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    layout: str,
+    block_size: int,
+    device: torch.device,
+) -> Plan:
+    """Choose what multiplies x ``[m, k]`` by W ``[n, k]``."""
+    model = device_of(device)
+    by_library = dequantize_seconds(model, n, k, block_size) + gemm_seconds(model, m, n, k)
+    by_library += LAUNCH_SECONDS
+    if layout != "fragments":
+        return Plan("dequantize", "the weight is in rows", by_library)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return Plan("dequantize", f"x is {dtype}, not 16 bits wide", by_library)
+    if not has_matrix_kernels(device):
+        return Plan("dequantize", f"{model.name} has no tensor cores Triton knows", by_library)
+    if m <= _configs.SMALL_M and block_size >= SMALL_BLOCK_SIZE:
+        config = _configs.matmul_small_config(n, k, device)
+        seconds = _configs.seconds(config, model, m, n, k)
+        return Plan("matmul_small", f"{m} rows are at most {_configs.SMALL_M}", seconds)
+    config = _configs.matmul_config(m, n, k, device)
+    seconds = _configs.seconds(config, model, m, n, k)
+    limit, source = fused_limit(n, k, block_size, device)
+    if m <= limit:
+        return Plan("matmul", f"{m} rows are at most {limit}, {source}", seconds)
+    return Plan("dequantize", f"{m} rows are more than {limit}, {source}", by_library)
+
+
+@lru_cache(maxsize=1024)
+def fused_limit(n: int, k: int, block_size: int, device: torch.device) -> tuple[int, str]:
+    """Return the rows up to which `matmul` beats the library on W ``[n, k]``, and who says so."""
+    model = device_of(device)
+    measured = _measured(model.name)
+    if measured:
+        nearest = min(measured, key=lambda row: abs(math.log(row[0] * row[1] / (n * k))))
+        return nearest[2], f"measured on W {nearest[0]}×{nearest[1]}"
+    rows = _configs.SMALL_M
+    while rows < 8192 and _fused_wins(2 * rows, n, k, block_size, model, device):
+        rows *= 2
+    return rows, "modelled"
+
+
+def _fused_wins(
+    m: int, n: int, k: int, block_size: int, model: Device, device: torch.device
+) -> bool:
+    fused = _configs.seconds(_configs.matmul_config(m, n, k, device), model, m, n, k)
+    library = dequantize_seconds(model, n, k, block_size) + gemm_seconds(model, m, n, k)
+    return bool(fused < library + LAUNCH_SECONDS)
+
+
+@lru_cache
+def _measured(name: str) -> list[list[int]]:
+    """Return rows [n, k, limit] of the file for a device; none if there is no file."""
+    path = MEASURED / f"{name.replace(' ', '-')}.json"
+    if not path.is_file():
+        return []
+    rows: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))["fused_limits"]
+    return rows

@@ -1,0 +1,107 @@
+"""Dequantize and merge: one rounding of W + scaling * B @ A."""
+
+import pytest
+import torch
+from helpers import error, on_gpus
+
+import nf4
+from nf4.reference import dequantize_merge as reference
+
+# n, k, block size, double quantization, dtype, rank
+CASES = {
+    "rank_16": (80, 192, 64, True, torch.bfloat16, 16),
+    "rank_1": (16, 64, 64, False, torch.bfloat16, 1),
+    "block_32_rank_100": (64, 320, 32, True, torch.float16, 100),
+    "long_blocks_rank_256": (48, 1024, 1024, True, torch.bfloat16, 256),
+}
+
+
+def arguments(n, k, block_size, double_quant, dtype, r, scaling=0.5, size=1.0):
+    w = torch.randn(n, k) / k**0.5
+    f = nf4.to_fragments(nf4.quantize(w, block_size, double_quant))
+    a, b = torch.randn(r, k) / k**0.5, size * torch.randn(n, r) / r**0.5
+    return f.packed, f.absmax, f.absmax2, f.offset, a, b, scaling, block_size, dtype
+
+
+def exact(packed, absmax, absmax2, offset, a, b, scaling, block_size, dtype) -> torch.Tensor:
+    n, k = b.shape[0], a.shape[1]
+    q = nf4.NF4Tensor(
+        packed, absmax, torch.Size([n, k]), dtype, block_size, absmax2, offset, "fragments"
+    )
+    a, b = a.to(dtype).double(), b.to(dtype).double()
+    return nf4.dequantize(q, torch.float64) + scaling * b @ a
+
+
+def check(kernel, args) -> None:
+    out, expected = kernel.dequantize_merge(*args), reference.dequantize_merge(*args)
+    assert out.dtype == expected.dtype
+    truth = exact(*args)
+    # One rounding: no error beyond that of rounding the exact sum, but for sums in another order.
+    assert error(out, truth) <= 1.001 * error(truth.to(out.dtype), truth)
+    assert (out != expected).float().mean() < 0.01
+    step = 2**-7 if out.dtype == torch.bfloat16 else 2**-10
+    torch.testing.assert_close(out, expected, rtol=step, atol=1e-6)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_dequantize_merge_kernel_matches_reference(case, device) -> None:
+    from nf4.kernels import dequantize_merge as kernel
+
+    args = arguments(*case)
+    check(kernel, tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in args))
+
+
+@pytest.mark.parametrize(("case", "emulate"), on_gpus(CASES), indirect=["emulate"])
+def test_dequantize_merge_ptx_matches_reference(case, emulate) -> None:
+    from nf4.kernels import dequantize_merge as kernel
+
+    check(kernel, arguments(*CASES[case]))
+    assert emulate.launches == ["merge_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+def test_dequantize_ptx_from_fragments_equals_rows(block_size, dtype, emulate) -> None:
+    from nf4.kernels import dequantize as kernel
+
+    q = nf4.quantize(torch.randn(48, 384), block_size)
+    f = nf4.to_fragments(q)
+    parts = (f.packed, f.absmax, f.absmax2, f.offset, f.shape, block_size, dtype, "fragments")
+    assert torch.equal(kernel.dequantize(*parts), nf4.dequantize(q, dtype))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_dequantize_merge_is_no_worse_than_the_unfused_path(size) -> None:
+    """Whatever the adapter's size, rounding the sum costs no more than rounding on the way."""
+    args = arguments(256, 512, 64, True, torch.bfloat16, 16, size=size)
+    a, b, scaling, dtype = args[4].bfloat16(), args[5].bfloat16(), args[6], args[8]
+    x = torch.randn(512, 512).to(dtype)
+    truth = x.double() @ exact(*args).T
+    merged = x @ reference.dequantize_merge(*args).T
+    w = reference.dequantize_merge(*args[:4], a, torch.zeros_like(b), *args[6:])
+    unfused = x @ w.T + (x @ a.T) @ b.T * scaling
+    assert error(merged, truth) <= 1.1 * error(unfused, truth)
+
+
+MISTAKES = {
+    "not_scaled": ("_merge", "out += scaling * _update", "out += _update"),
+    "rank_of_the_next_step": (
+        "_merge",
+        "mask=(offs_r < rank)[:, None]",
+        "mask=(offs_r < STEP)[:, None]",
+    ),
+    "columns": ("_merge", "offs_k = tile * 64", "offs_k = first_tile * 64"),
+    "last_tile": ("_merge", "first_tile + u, K // 64 - 1", "first_tile + u, K // 64"),
+    "rows_not_masked": ("_merge", "row_tiles = tl.minimum(", "row_tiles = tl.maximum("),
+}
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_dequantize_merge_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_path) -> None:
+    from mutants import is_noticed, mutant
+
+    wrong = mutant("dequantize_merge", *mistake, tmp_path)
+    assert is_noticed(check, ((wrong, arguments(*case)) for case in CASES.values()))

@@ -1,0 +1,234 @@
+"""What a GPU computes with, put together: run on CPU tensors through the emulated kernels."""
+
+import pytest
+import torch
+from helpers import error
+
+pytest.importorskip("triton", reason="nf4.gpu needs Triton")
+
+import nf4
+from nf4 import operators, scratch
+from nf4.gpu import linear as gpu_linear
+from nf4.gpu import lora_linear as gpu_lora_linear
+from nf4.gpu import plan as gpu_plan
+from nf4.reference.dropout_mask import dropout_mask
+
+pytestmark = pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+
+
+@pytest.fixture
+def gpu(emulate, monkeypatch):
+    """Let operators on CPU tensors take the way of a GPU."""
+    monkeypatch.setitem(operators._FASTER, "cpu", operators._KERNELS)
+    operators.implementation.cache_clear()
+    scratch.release_scratch()
+    yield emulate
+    operators.implementation.cache_clear()
+    scratch.release_scratch()
+
+
+def choose(monkeypatch, kernel: str) -> None:
+    """Let one kernel multiply, whatever the plan would be."""
+    chosen = gpu_plan.Plan(kernel, "for a test", 0.0)
+    for module in (gpu_linear, gpu_lora_linear):
+        monkeypatch.setattr(module, "plan", lambda *sizes: chosen)
+
+
+# rows of x, N, K, block size, rank, dropout, dtype, layout, kernel (None: what the plan says)
+CASES = {
+    "decoding": (3, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", None),
+    "middle": (40, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", None),
+    "merged": (40, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", "dequantize"),
+    "dropout": (40, 96, 128, 32, 8, 0.3, torch.bfloat16, "fragments", "dequantize"),
+    "dropout_fused": (40, 96, 128, 64, 8, 0.3, torch.float16, "fragments", "matmul"),
+    "rows": (40, 96, 130, 64, 8, 0.0, torch.bfloat16, "rows", None),
+    "rows_dropout": (40, 40, 136, 64, 8, 0.2, torch.bfloat16, "rows", None),
+    "odd_columns_dropout": (9, 48, 77, 64, 4, 0.3, torch.bfloat16, "rows", None),
+    "rank_100": (40, 96, 128, 64, 100, 0.2, torch.bfloat16, "fragments", "dequantize"),
+    "rank_300": (20, 32, 64, 64, 300, 0.0, torch.bfloat16, "fragments", None),
+    "fp32": (9, 48, 128, 64, 4, 0.2, torch.float32, "fragments", None),
+}
+LAUNCHES = {
+    "decoding": "lora_down matmul_small lora_grad lora_grad merge",
+    "middle": "lora_down matmul lora_grad lora_grad merge",
+    "merged": "lora_down merge lora_grad lora_grad merge",
+    "dropout": "lora_down merge lora_up lora_grad lora_grad merge lora_up",
+    "dropout_fused": "lora_down matmul lora_grad lora_grad merge lora_up",
+    "rows": "lora_down dequantize lora_up lora_grad lora_grad dequantize lora_up",
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_lora_linear_is_no_worse_than_the_unfused_path(name, gpu, monkeypatch) -> None:
+    """y and every gradient, against float64: an error of at most 1.1 times PEFT's order's."""
+    m, n, k, block_size, r, p, dtype, layout, kernel = CASES[name]
+    if kernel:
+        choose(monkeypatch, kernel)
+    q = nf4.quantize(torch.randn(n, k) / k**0.5, block_size)
+    x, a, b = torch.randn(m, k).to(dtype), torch.randn(r, k) / k**0.5, torch.randn(n, r) / r**0.5
+    bias, dy, seed = torch.randn(n), torch.randn(m, n).to(dtype), torch.tensor(77) if p else None
+    mask = dropout_mask(seed, x.shape, p).double() / (1 - p) if p else torch.ones(m, k).double()
+
+    def gradients(compute, *leaves):
+        leaves = [v.detach().requires_grad_() for v in leaves]
+        y = compute(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+    held = nf4.to_fragments(q) if layout == "fragments" else q
+    gpu.launches.clear()
+    ours = gradients(
+        lambda x, a, b, bias: nf4.lora_linear(x, held, a, b, 0.5, bias, p, seed), x, a, b, bias
+    )
+    launches = " ".join(name.strip("_").removesuffix("_kernel") for name in gpu.launches)
+    if name in LAUNCHES:
+        assert launches == LAUNCHES[name]
+
+    def unfused(w):
+        def compute(x, a, b, bias):
+            y = torch.nn.functional.linear(x, w, bias)
+            return y + (x * mask.to(x.dtype)) @ a.T @ b.T * 0.5
+
+        return compute
+
+    rounded = [v.to(dtype) for v in (x, a, b, bias)]
+    theirs = gradients(unfused(nf4.dequantize(q, dtype)), *rounded)
+    wide = [v.double() for v in (x, a.to(dtype), b.to(dtype), bias)]
+    exact = gradients(unfused(nf4.dequantize(q, torch.float64)), *wide)
+    for what, found, other, truth in zip(
+        ("y", "x", "A", "B", "bias"), ours, theirs, exact, strict=True
+    ):
+        assert error(found, truth) <= 1.1 * error(other, truth) + 2**-22, what
+
+
+@pytest.mark.parametrize("kernel", [None, "dequantize"])
+def test_gpu_linear_and_its_gradient(kernel, gpu, monkeypatch) -> None:
+    if kernel:
+        choose(monkeypatch, kernel)
+    q = nf4.quantize(torch.randn(48, 128) / 11)
+    x = torch.randn(2, 20, 128, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(48)
+    y = nf4.linear(x, nf4.to_fragments(q), bias)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    w = nf4.dequantize(q, torch.float64)
+    assert error(y.detach(), x.detach().double() @ w.T + bias.double()) < 3e-3
+    assert error(dx, dy.double() @ w) < 3e-3
+
+
+@pytest.mark.parametrize("wanted", ["x", "a", "b", "bias"])
+def test_gpu_lora_linear_computes_only_the_gradients_asked_for(wanted, gpu, monkeypatch) -> None:
+    choose(monkeypatch, "dequantize")
+    q = nf4.to_fragments(nf4.quantize(torch.randn(48, 64)))
+    made = {
+        "x": torch.randn(20, 64, dtype=torch.bfloat16),
+        "a": torch.randn(4, 64),
+        "b": torch.randn(48, 4),
+        "bias": torch.randn(48),
+    }
+    made[wanted].requires_grad_()
+    y = nf4.lora_linear(made["x"], q, made["a"], made["b"], 2.0, made["bias"])
+    gpu.launches.clear()
+    y.sum().backward()
+    assert [name for name, v in made.items() if v.grad is not None] == [wanted]
+    expected = {
+        "x": ["merge_kernel"],
+        "a": ["_lora_grad_kernel"],
+        "b": ["_lora_grad_kernel"],
+        "bias": [],
+    }
+    assert gpu.launches == expected[wanted]
+
+
+def test_gpu_inference_with_an_adapter_is_one_launch_and_a_product(gpu, monkeypatch) -> None:
+    choose(monkeypatch, "dequantize")
+    q = nf4.to_fragments(nf4.quantize(torch.randn(48, 64)))
+    x = torch.randn(20, 64, dtype=torch.bfloat16)
+    gpu.launches.clear()
+    with torch.no_grad():
+        nf4.lora_linear(x, q, torch.randn(4, 64), torch.randn(48, 4))
+    assert gpu.launches == ["merge_kernel"]
+
+
+def test_gpu_gradients_accumulate_in_place(gpu) -> None:
+    q = nf4.to_fragments(nf4.quantize(torch.randn(48, 64)))
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(48, 4, requires_grad=True)
+    pointers = []
+    for _ in range(3):
+        x = torch.randn(20, 64, dtype=torch.bfloat16)
+        nf4.lora_linear(x, q, a, b).sum().backward()
+        pointers.append((a.grad.data_ptr(), b.grad.data_ptr()))
+    assert len(set(pointers)) == 1
+
+
+def test_gpu_no_dense_weight_outlives_the_call(gpu, monkeypatch) -> None:
+    choose(monkeypatch, "dequantize")
+    q = nf4.to_fragments(nf4.quantize(torch.randn(64, 64)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        x = torch.randn(20, 64, dtype=torch.bfloat16, requires_grad=True)
+        nf4.lora_linear(x, q, torch.randn(4, 64, requires_grad=True), torch.randn(64, 4)).sum()
+    assert not [t for t in kept if t.is_floating_point() and t.shape == (64, 64)]
+    (buffer,) = scratch._buffers.values()
+    nf4.linear(torch.randn(20, 64, dtype=torch.bfloat16), q)
+    assert [b.data_ptr() for b in scratch._buffers.values()] == [buffer.data_ptr()]
+    nf4.release_scratch()
+    assert not scratch._buffers
+
+
+def test_gpu_scratch_grows_and_keeps_zeros(emulate) -> None:
+    cpu = torch.device("cpu")
+    scratch.release_scratch()
+    first = scratch.zeros("test", 10, torch.int32, cpu)
+    assert not first.any() and scratch.zeros("test", 4096, torch.int32, cpu) is first
+    larger = scratch.zeros("test", 5000, torch.int32, cpu)
+    assert larger.numel() >= 5000 and not larger.any() and larger is not first
+    other = []
+    import threading
+
+    thread = threading.Thread(
+        target=lambda: other.append(scratch.scratch("test", 10, torch.int32, cpu))
+    )
+    thread.start()
+    thread.join()
+    assert other[0].data_ptr() != larger.data_ptr()
+    scratch.release_scratch()
+
+
+def test_gpu_plan_follows_its_table(emulate) -> None:
+    cpu = torch.device("cpu")
+
+    def kernel(m, dtype=torch.bfloat16, layout="fragments", block_size=64):
+        return gpu_plan.plan(m, 4096, 4096, dtype, layout, block_size, cpu).kernel
+
+    assert [kernel(m) for m in (1, 16, 17, 256)] == ["matmul_small"] * 2 + ["matmul"] * 2
+    assert kernel(16384) == "dequantize"
+    assert kernel(1, block_size=32) == "matmul"
+    assert kernel(1, layout="rows") == kernel(1, dtype=torch.float32) == "dequantize"
+    limits = [gpu_plan.fused_limit(n, 4096, 64, cpu) for n in (1024, 4096, 14336)]
+    assert all(64 <= limit <= 8192 and source == "modelled" for limit, source in limits)
+
+
+def test_gpu_plan_takes_what_was_measured(emulate, monkeypatch, tmp_path) -> None:
+    (tmp_path / "H200.json").write_text('{"fused_limits": [[4096, 4096, 300], [28672, 8192, 900]]}')
+    monkeypatch.setattr(gpu_plan, "MEASURED", tmp_path)
+    caches = (gpu_plan.plan, gpu_plan.fused_limit, gpu_plan._measured)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        chosen = [
+            gpu_plan.plan(m, 5000, 4096, torch.bfloat16, "fragments", 64, torch.device("cpu"))
+            for m in (300, 301)
+        ]
+        assert [c.kernel for c in chosen] == ["matmul", "dequantize"]
+        assert chosen[1].reason == "301 rows are more than 300, measured on W 4096×4096"
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+def test_gpu_explain_says_what_runs(gpu) -> None:
+    f = nf4.to_fragments(nf4.quantize(torch.randn(64, 128).bfloat16()))
+    told = nf4.explain((5, 128), f)
+    assert told.kernel == "matmul_small" and 0 < told.modelled_seconds < 1e-4
+    assert str(told).startswith("matmul_small: 5 rows are at most 16; modelled: ")
+    assert nf4.explain((5, 128), f, torch.float32).reason == "x is torch.float32, not 16 bits wide"

@@ -1,0 +1,171 @@
+"""The fused product: values against float64, every tile, split sums, kernels with mistakes."""
+
+import pytest
+import torch
+from helpers import error, make_product, on_gpus
+
+from nf4.reference import matmul as reference
+
+DTYPES = (torch.bfloat16, torch.float16)
+# m, n, k, block size, double quantization, dtype, rank, bias
+CASES = {
+    "one_tile": (64, 64, 128, 64, True, torch.bfloat16, 0, False),
+    "adapter_and_bias": (70, 80, 192, 64, True, torch.bfloat16, 16, True),
+    "rank_1_fp16": (33, 48, 128, 64, False, torch.float16, 1, True),
+    "rank_100": (20, 64, 128, 64, True, torch.bfloat16, 100, False),
+    "block_32": (17, 144, 128, 32, True, torch.bfloat16, 0, True),
+    "long_blocks": (40, 16, 1024, 1024, True, torch.float16, 5, False),
+    "many_rows": (300, 32, 64, 64, False, torch.bfloat16, 3, False),
+}
+
+
+def check(kernel, product) -> torch.Tensor:
+    """Hold a result to the reference, and its error to that of the unfused path."""
+    args = product.arguments()
+    y, expected = kernel.matmul(*args), reference.matmul(*args)
+    assert y.dtype == expected.dtype and y.shape == expected.shape
+    exact = product.exact()
+    assert error(y, exact) <= 1.1 * error(product.unfused(), exact)
+    # Sums in another order may round to the neighbour: at most one step, and seldom.
+    torch.testing.assert_close(
+        y, expected, rtol=2**-7 if y.dtype == torch.bfloat16 else 2**-10, atol=1e-3
+    )
+    assert (y != expected).float().mean() < 0.02
+    return y
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matmul_kernel_matches_reference(case, device) -> None:
+    from nf4.kernels import matmul as kernel
+
+    product = make_product(*case).to(device)
+    y = check(kernel, product)
+    assert torch.equal(y, kernel.matmul(*product.arguments()))
+
+
+@pytest.mark.kernel
+def test_matmul_kernel_of_no_rows(device) -> None:
+    from nf4.kernels import matmul as kernel
+
+    assert kernel.matmul(*make_product(0, 32, 64).to(device).arguments()).shape == (0, 32)
+
+
+def use(monkeypatch, kernel, **choices) -> None:
+    """Let the kernel cut every product in one way."""
+    from nf4.kernels._configs import MatmulConfig
+
+    config = MatmulConfig(**{"num_warps": 4, "num_stages": 3, "cycles": 0, **choices})
+    monkeypatch.setattr(kernel, "matmul_config", lambda *sizes: config)
+
+
+@pytest.mark.parametrize(("case", "emulate"), on_gpus(CASES), indirect=["emulate"])
+def test_matmul_ptx_matches_reference(case, emulate, monkeypatch) -> None:
+    from nf4.kernels import matmul as kernel
+
+    use(monkeypatch, kernel, block_m=64, block_n=64)
+    check(kernel, make_product(*CASES[case]))
+    assert emulate.launches == ["_matmul_kernel"]
+
+
+TILES = [(16, 64, 4, 4), (32, 64, 4, 2), (128, 64, 4, 4), (128, 128, 8, 3), (64, 128, 4, 3)]
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_matmul_ptx_of_every_tile(tile, emulate, monkeypatch) -> None:
+    from nf4.kernels import matmul as kernel
+
+    names = ("block_m", "block_n", "num_warps", "num_stages")
+    use(monkeypatch, kernel, **dict(zip(names, tile, strict=True)))
+    check(kernel, make_product(130, 144, 192, r=16, bias=True))
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+def test_matmul_ptx_of_the_widest_tile(emulate, monkeypatch) -> None:
+    from nf4.kernels import matmul as kernel
+
+    use(monkeypatch, kernel, block_m=256, block_n=128, num_warps=8)
+    check(kernel, make_product(260, 128, 256, r=16))
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("split_k", [2, 3, 8])
+def test_matmul_ptx_splits_k_in_any_number_of_parts(split_k, emulate, monkeypatch) -> None:
+    from nf4 import scratch
+    from nf4.kernels import matmul as kernel
+
+    scratch.release_scratch()
+    use(monkeypatch, kernel, block_m=32, block_n=64, split_k=split_k)
+    product = make_product(20, 80, 512, r=16, bias=True)
+    y = check(kernel, product)
+    for rerun in range(2):  # what one launch leaves in scratch serves the next
+        assert torch.equal(y, kernel.matmul(*product.arguments())), rerun
+    arrived = scratch.zeros("split_k arrived", 1, torch.int32, torch.device("cpu"))
+    assert not arrived.any()
+
+
+MISTAKES = {
+    "rows_not_masked": (
+        "_product",
+        "mask=mask_m[None, :] & mask_n[:, None])",
+        "mask=mask_n[:, None])",
+    ),
+    "wrong_column_of_scales": ("matmul", "column = step * 64 // BLOCK_SIZE", "column = step * 0"),
+    "words_of_the_next_tile": ("matmul", "word_ptrs + step * 128", "word_ptrs + step * 128 + 4"),
+    "x_of_the_next_step": ("matmul", "x_ptrs + step * 64", "x_ptrs + step * 32"),
+    "last_step_left_out": (
+        "matmul",
+        "steps * (pid_k + 1) // SPLIT_K",
+        "steps * (pid_k + 1) // SPLIT_K - 1",
+    ),
+    "adapter_not_scaled": ("_product", "acc *= scaling\n", "acc *= 1.0\n"),
+    "rank_not_masked": ("_product", "mask_r = offs_r < rank", "mask_r = offs_r < RANK"),
+    "pairs_in_the_wrong_place": (
+        "_fragments",
+        "(0, 3, 1, 4, 7, 6, 2, 5)",
+        "(0, 3, 1, 4, 6, 7, 2, 5)",
+    ),
+    "scales_of_the_wrong_rows": ("_fragments", "(0, 2, 1, 3)", "(0, 2, 1, 3)).flip(1"),
+    "nibble": ("_fragments", "{4 * nibble};", "{4 * nibble + 1};"),
+    "absmax2": ("_fragments", "+ column) >> 8", "+ column) >> 9"),
+}
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_matmul_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_path, monkeypatch) -> None:
+    from mutants import is_noticed, mutant
+
+    wrong = mutant("matmul", *mistake, tmp_path)
+    use(monkeypatch, wrong, block_m=64, block_n=64)
+    cases = [CASES["adapter_and_bias"], CASES["rank_100"], (40, 16, 40960 // 2, 32, True)]
+    assert is_noticed(check, ((wrong, make_product(*case)) for case in cases))
+
+
+WAITS = {
+    "copy": (r"cp\.async\.wait_group\s+(\d+)", "cp.async.wait_group 9"),
+    "product": (r"wgmma\.wait_group\.sync\.aligned 0;", ""),
+}
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS.keys())
+def test_matmul_ptx_without_a_wait_is_noticed(wait, emulate, monkeypatch) -> None:
+    import re
+
+    from mutants import is_noticed
+
+    from nf4.kernels import matmul as kernel
+
+    changed = []
+
+    def edit(ptx: str) -> str:
+        found = re.sub(*wait, ptx)
+        changed.append(found != ptx)
+        return found
+
+    use(monkeypatch, kernel, block_m=64, block_n=64)
+    emulate.edit = edit
+    assert is_noticed(check, [(kernel, make_product(64, 64, 512))])
+    assert changed == [True]

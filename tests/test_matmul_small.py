@@ -1,0 +1,111 @@
+"""The product of few rows: values against float64, both decodes, split sums, mistakes."""
+
+import pytest
+import torch
+from helpers import error, make_product, on_gpus
+from nf4.kernels._configs import MATMUL_SMALL, MatmulConfig
+
+from nf4.reference import matmul_small as reference
+
+# m, n, k, block size, double quantization, dtype, rank, bias
+CASES = {
+    "one_row": (1, 144, 192, 64, False, torch.bfloat16, 0, False),
+    "adapter_and_bias": (7, 128, 512, 64, True, torch.bfloat16, 16, True),
+    "sixteen_rows_fp16": (16, 80, 1024, 64, True, torch.float16, 3, True),
+    "long_blocks": (2, 64, 1024, 1024, True, torch.bfloat16, 0, True),
+    "rank_100": (3, 32, 128, 128, True, torch.float16, 100, False),
+}
+
+
+def check(kernel, product) -> torch.Tensor:
+    """Hold a result to the reference, and its error to that of the unfused path."""
+    args = product.arguments()
+    y, expected = kernel.matmul_small(*args), reference.matmul_small(*args)
+    assert y.dtype == expected.dtype and y.shape == expected.shape
+    exact = product.exact()
+    assert error(y, exact) <= 1.1 * error(product.unfused(), exact)
+    step = 2**-7 if y.dtype == torch.bfloat16 else 2**-10
+    torch.testing.assert_close(y, expected, rtol=step, atol=1e-3)
+    assert (y != expected).float().mean() < 0.02
+    return y
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matmul_small_kernel_matches_reference(case, device) -> None:
+    from nf4.kernels import matmul_small as kernel
+
+    product = make_product(*case).to(device)
+    y = check(kernel, product)
+    assert torch.equal(y, kernel.matmul_small(*product.arguments()))
+
+
+def use(monkeypatch, kernel, config: MatmulConfig) -> None:
+    monkeypatch.setattr(kernel, "matmul_small_config", lambda *sizes: config)
+
+
+@pytest.mark.parametrize(("case", "emulate"), on_gpus(CASES), indirect=["emulate"])
+def test_matmul_small_ptx_matches_reference(case, emulate, monkeypatch) -> None:
+    from nf4.kernels import matmul_small as kernel
+
+    use(monkeypatch, kernel, MATMUL_SMALL[1])
+    check(kernel, make_product(*CASES[case]))
+    assert emulate.launches == ["_matmul_small_kernel"]
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("config", MATMUL_SMALL, ids=lambda c: f"{c.block_n}")
+@pytest.mark.parametrize("split_k", [2, 3])
+def test_matmul_small_ptx_of_every_tile_in_parts(config, split_k, emulate, monkeypatch) -> None:
+    from nf4.kernels import matmul_small as kernel
+
+    cut = MatmulConfig(**{**vars(config), "split_k": split_k})
+    use(monkeypatch, kernel, cut)
+    product = make_product(5, 144, 768, r=16, bias=True)
+    assert torch.equal(check(kernel, product), kernel.matmul_small(*product.arguments()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_matmul_small_ptx_decodes_every_byte(dtype, emulate, monkeypatch) -> None:
+    """Columns of the identity are the levels of the codes: each byte value, in every place."""
+    import nf4
+    from nf4.codebook import NF4_LEVELS
+    from nf4.kernels import matmul_small as kernel
+
+    use(monkeypatch, kernel, MATMUL_SMALL[1])
+    packed = torch.arange(64 * 32).remainder(256).to(torch.uint8).view(64, 32)
+    q = nf4.NF4Tensor(packed, torch.ones(64), torch.Size([64, 64]), dtype)
+    f = nf4.to_fragments(q)
+    levels = torch.tensor(NF4_LEVELS)[torch.stack([packed >> 4, packed & 15], -1).int()]
+    for first in range(0, 64, 16):
+        x = torch.eye(64, dtype=dtype)[first : first + 16]
+        y = kernel.matmul_small(x, f.packed, f.absmax, None, None, None, None, None, 1.0, 64, 64)
+        assert torch.equal(y.T, levels.view(64, 64).to(dtype)[:, first : first + 16])
+
+
+MISTAKES = {
+    "nibble_by_shuffle": ("_levels16", "8 * pair + 4 * e", "8 * pair + 4 * (1 - e)"),
+    "nibble_by_prmt": ("_levels16", "0x5140", "0x1504"),
+    "upper_levels": ("_levels16", "0x44444444, 0x32103210", "0x44444444, 0x76543210"),
+    "scale_of_another_block": ("matmul_small", "tile * 64 // BLOCK_SIZE, N", "tile * 0, N"),
+    "x_of_another_tile": ("matmul_small", "x_ptrs + tile * 64", "x_ptrs + step * 64"),
+    "rows_beyond_m": ("matmul_small", "(tl.arange(0, 16) < M)", "(tl.arange(0, 16) < M - 1)"),
+    "not_summed": (
+        "matmul_small",
+        "scale[:, None], acc.shape), acc)",
+        "scale[:, None], acc.shape), 0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_matmul_small_ptx_of_a_wrong_kernel_is_noticed(
+    mistake, emulate, tmp_path, monkeypatch
+) -> None:
+    from mutants import is_noticed, mutant
+
+    wrong = mutant("matmul_small", *mistake, tmp_path)
+    use(monkeypatch, wrong, MatmulConfig(**{**vars(MATMUL_SMALL[1]), "split_k": 2}))
+    cases = [(7, 128, 512, 64, True, torch.bfloat16, 16, True)]
+    assert is_noticed(check, ((wrong, make_product(*case)) for case in cases))
