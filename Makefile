@@ -12,7 +12,8 @@ demo: $(READY)
 	$(RUN) -m nf4.cli demo $(ARGS)
 
 test: $(READY) lint
-	$(RUN) -m pytest --cov --cov-report=term $(ARGS)
+	$(RUN) -m pytest -m "not alone" -n 2 --dist worksteal --cov --cov-report= --cov-fail-under=0
+	$(RUN) -m pytest -m alone --cov --cov-append --cov-report=term
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -43,7 +43,7 @@ def add_parts(
         tl.store(arrived_ptr + tile, 0)
         acc = tl.zeros_like(acc)
         for k in range(SPLIT_K):
-            acc += tl.load(part_ptrs + k * stride, mask=mask, other=0.0, cache_modifier=".cg")
+            acc += tl.load(part_ptrs + k * stride, mask=mask, cache_modifier=".cg")
     return acc, is_last
 
 

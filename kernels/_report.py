@@ -54,6 +54,12 @@ def check_targets(targets: Iterable[str]) -> list[str]:
     return found
 
 
+def compilations(targets: Iterable[str] = TARGETS) -> list[tuple[Variant, str]]:
+    """Return each variant with each of the targets that it is compiled for."""
+    wanted = list(targets)
+    return [(v, target) for v in variants() for target in v.targets if target in wanted]
+
+
 def compile_all(
     targets: Iterable[str] = TARGETS, progress: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
@@ -66,12 +72,10 @@ def compile_all(
     Raises:
         ValueError: a target is not known.
     """
-    targets = check_targets(targets)
     rows = []
-    for variant in variants():
-        for target in (t for t in targets if t in variant.targets):
-            rows.append(Row(variant.name, target, variant.num_warps, report(variant, target)))
-            progress(f"{variant.name}, {target}")
+    for variant, target in compilations(check_targets(targets)):
+        rows.append(Row(variant.name, target, variant.num_warps, report(variant, target)))
+        progress(f"{variant.name}, {target}")
     return rows
 
 

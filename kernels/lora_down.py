@@ -60,7 +60,8 @@ def _lora_down_kernel(
     )
     if is_last:
         t = acc * kept_inverse
-        t_ptrs = t_ptr + offs_m[:, None] * rank + offs_r[None, :]
+        t_rows = t_ptr + pid_m.to(tl.int64) * BLOCK_M * rank
+        t_ptrs = t_rows + tl.arange(0, BLOCK_M)[:, None] * rank + offs_r[None, :]
         tl.store(t_ptrs, t.to(t_ptr.dtype.element_ty), mask=mask)
 
 

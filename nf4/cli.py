@@ -100,7 +100,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     compiler = import_module("nf4.kernels._report")
     targets = compiler.check_targets(options.target or compiler.TARGETS)
-    with progress_bar("Compile", len(compiler.variants()) * len(targets)) as bar:
+    with progress_bar("Compile", len(compiler.compilations(targets))) as bar:
         rows = compiler.compile_all(targets, bar.step)
     if options.json:
         sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")

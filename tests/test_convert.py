@@ -21,17 +21,17 @@ def test_quantize_model_replaces_all_linears_but_the_skipped(block) -> None:
 @pytest.mark.parametrize(
     ("skip", "left"),
     [
-        ((), set()),
-        (("1",), {"0.1", "1.0", "1.1"}),
-        (("1.0",), {"1.0"}),
-        (["0"], {"0.0", "0.1", "1.0"}),
+        ((), []),
+        (("1",), ["0.1", "1.0", "1.1"]),
+        (("1.0",), ["1.0"]),
+        (["0"], ["0.0", "0.1", "1.0"]),
     ],
     ids=str,
 )
 def test_quantize_model_skips_by_name_or_last_parts(skip, left) -> None:
     model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)])
     nf4.quantize_model(model, skip_modules=skip)
-    assert {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} == left
+    assert [n for n, m in model.named_modules() if isinstance(m, nn.Linear)] == left
 
 
 def test_quantize_model_of_a_linear_returns_the_layer() -> None:
@@ -190,16 +190,16 @@ def test_add_lora_freezes_all_but_the_adapters(block) -> None:
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        ("all-linear", {"up", "down"}),
-        (["up"], {"up"}),
-        (("down", "up"), {"up", "down"}),
-        ("(u|x)p", {"up"}),
+        ("all-linear", ["up", "down"]),
+        (["up"], ["up"]),
+        (("down", "up"), ["up", "down"]),
+        ("(u|x)p", ["up"]),
     ],
     ids=str,
 )
 def test_add_lora_targets_as_peft_does(block, targets, expected) -> None:
     model = nf4.add_lora(nf4.quantize_model(block), target_modules=targets)
-    found = {n for n, m in model.named_modules() if isinstance(m, nf4.QLoRALinear)}
+    found = [n for n, m in model.named_modules() if isinstance(m, nf4.QLoRALinear)]
     assert found == expected
 
 

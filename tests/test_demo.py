@@ -13,7 +13,7 @@ from nf4.convert import dense_layers
 from nf4.demo.data import load_model, plain_text, wikipedia_windows
 from nf4.error import perplexity
 
-pytestmark = pytest.mark.demo
+pytestmark = [pytest.mark.demo, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

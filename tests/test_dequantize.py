@@ -126,7 +126,7 @@ def test_dequantize_kernel_into_out(device) -> None:
         buffer[1:].view(33, 70),
         torch.empty(70, 33, dtype=torch.bfloat16, device=device).T,
     ):
-        assert kernel.dequantize(*args, out) is out
+        assert kernel.dequantize(*args, out=out) is out
         assert torch.equal(out, expected)
 
 
@@ -158,7 +158,7 @@ def test_dequantize_ptx_past_2_31_elements(emulate) -> None:
     q = nf4.quantize(torch.randn(8192), double_quant=False)
     packed[-4096:], absmax[-128:] = q.packed, q.absmax
     emulate.programs = [(n // 8192 - 1, 0, 0)]
-    kernel.dequantize(packed, absmax, None, None, (n,), 64, torch.bfloat16, out)
+    kernel.dequantize(packed, absmax, None, None, (n,), 64, torch.bfloat16, out=out)
     assert torch.equal(out[-8192:], nf4.dequantize(q, torch.bfloat16))
     assert not out[-16384:-8192].any() and not out[:8192].any()
 

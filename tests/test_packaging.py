@@ -132,6 +132,7 @@ def test_transformers_imports_beside_ours(python, where, hf, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("python", ["installed"], indirect=True)
+@pytest.mark.alone
 def test_import_takes_at_most_150_ms_beyond_torch(python, tmp_path) -> None:
     code = (
         "import time, torch; begin = time.perf_counter(); import nf4; "
