@@ -1,31 +1,41 @@
-"""Dequantize with double quantization, block 64: nf4 against bitsandbytes and a copy.
+"""Dequantize with double quantization, block 64: nf4 from rows and from fragments, others, a copy.
 
-python bench/bench_dequantize.py
+python bench/bench_dequantize.py --help
 """
 
+from collections.abc import Iterator
+
 import cases
-import measure
+import peers
 import torch
 
 import nf4
 from nf4.reference import dequantize as reference
+from nf4.tensor import fits_fragments
+
+DEFAULTS = cases.Options(
+    shapes=[(1024, 1024), (4096, 4096)] + [(14336, 4096), (28672, 8192)] * cases.GPU,
+    dtypes=["bf16", "fp32"],
+)
 
 
-def make(shape: tuple[int, int], dtype: torch.dtype) -> tuple[dict[str, measure.Function], int]:
-    """Return what to time on one shape, and the bytes it moves."""
-    w = torch.randn(shape, device=cases.DEVICE, dtype=dtype)
-    q = nf4.quantize(w)
-    expected = reference.dequantize(
-        q.packed, q.absmax, q.absmax2, q.offset, shape, q.block_size, dtype
-    )
-    cases.check_equal(nf4.dequantize(q), expected, "dequantize")
-    functions: dict[str, measure.Function] = {"nf4": lambda: nf4.dequantize(q)}
-    peer = cases.bitsandbytes()
-    if peer:
-        packed, state = peer.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
-        functions["bitsandbytes"] = lambda: peer.dequantize_4bit(packed, state)
-    return functions, q.nbytes + w.nbytes
+def make(options: cases.Options) -> Iterator[cases.Case]:
+    """Yield the cases."""
+    for shape, dtype, labels in options.weights():
+        w = torch.randn(shape, dtype=dtype, device=cases.DEVICE)
+        q = nf4.quantize(w)
+        parts = (q.packed, q.absmax, q.absmax2, q.offset)
+        expected = reference.dequantize(*parts, shape, q.block_size, dtype)
+        cases.check_equal(nf4.dequantize(q), expected, "dequantize")
+        moved = q.nbytes + w.nbytes
+        functions = {"nf4": lambda q=q: nf4.dequantize(q)}
+        if fits_fragments(q.shape, q.block_size) and dtype != torch.float32:
+            f = nf4.to_fragments(q)
+            cases.check_equal(nf4.dequantize(f), expected, "dequantize of fragments")
+            functions["nf4, fragments"] = lambda f=f: nf4.dequantize(f)
+        functions |= peers.dequantizers(w)
+        yield cases.Case(labels, {**functions, "copy": cases.copy_of(moved)}, moved)
 
 
 if __name__ == "__main__":
-    measure.print_table("dequantize", cases.COLUMNS, cases.rows(make))
+    cases.main("dequantize", make, DEFAULTS)
