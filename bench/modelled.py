@@ -10,6 +10,7 @@ python bench/modelled.py > bench/results/modelled-h200.md
 from collections.abc import Iterable, Iterator
 
 import torch
+import triton
 
 from nf4 import cost
 from nf4.gpu.plan import plan
@@ -119,6 +120,7 @@ def report() -> str:
             f"of an H200: {H200.bandwidth / 1e12} TB/s, {H200.flops / 1e12:.0f} TFLOP/s of bf16,",
             f"{H200.sms} multiprocessors at {H200.clock / 1e9} GHz; every launch at full bandwidth",
             "or throughput; the product kernels at 85 % of what their busiest unit could do.",
+            f"Instructions as compiled by Triton {triton.__version__} for sm_90.",
             "",
             "## Quantize and dequantize, bf16, double quantization",
             "",

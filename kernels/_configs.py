@@ -1,9 +1,10 @@
 """Tile choices of the kernels that have a choice.
 
-Chosen by a model, no GPU involved so far: the bytes of a launch over the memory's bandwidth, or
-what the busiest multiprocessor has to do, whichever takes longer. The second counts, for a step of
-64 columns, the tensor cores, the instructions issued, and shared memory at 128 bytes a cycle, which
-shuffles, loads, copies and the products' reads of x pass through: whichever is most.
+Chosen by what `nf4 bench --tune` measured, see kernels/_measured.py, and else by a model, no GPU
+involved so far: the bytes of a launch over the memory's bandwidth, or what the busiest
+multiprocessor has to do, whichever takes longer. The second counts, for a step of 64 columns, the
+tensor cores, the instructions issued, and shared memory at 128 bytes a cycle, which shuffles,
+loads, copies and the products' reads of x pass through: whichever is most.
 """
 
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from ..cost import Device, device_of, weight_bytes
+from ._measured import measured
 
 
 @dataclass(frozen=True)
@@ -94,27 +96,42 @@ def seconds(config: MatmulConfig, device: Device, m: int, n: int, k: int) -> flo
     return max(moved / device.bandwidth, compute)
 
 
-def _best(
-    configs: tuple[MatmulConfig, ...], device: Device, m: int, n: int, k: int
-) -> MatmulConfig:
+def ranked(op: str, m: int, n: int, k: int, device: torch.device) -> list[MatmulConfig]:
+    """Return the cuts of "matmul" or "matmul_small" on a device, those first that the model likes.
+
+    matmul_small takes its 16 rows whatever m is.
+    """
+    if op == "matmul_small":
+        m = SMALL_M
+    model = device_of(device)
     splits = [s for s in SPLITS if s == 1 or k // 64 >= s * MIN_STEPS]
-    cuts = [replace(config, split_k=s) for config in configs for s in splits]
-    return min(cuts, key=lambda config: seconds(config, device, m, n, k))
+    cuts = [replace(config, split_k=s) for config in _tiles(op, device) for s in splits]
+    return sorted(cuts, key=lambda config: seconds(config, model, m, n, k))
+
+
+def _best(op: str, m: int, n: int, k: int, device: torch.device) -> MatmulConfig:
+    """Return the cut measured as the fastest, or else the one that the model likes best."""
+    cuts = ranked(op, m, n, k, device)
+    found = measured(device_of(device).name).tile(op, m, n, k)
+    fastest = (c for c in cuts if (c.block_m, c.block_n, c.split_k) == found)
+    return next(fastest, cuts[0])
 
 
 @lru_cache(maxsize=4096)
 def matmul_config(m: int, n: int, k: int, device: torch.device) -> MatmulConfig:
     """Return how `matmul` cuts a product of these sizes on a device."""
-    return _best(_matmul_configs(device), device_of(device), m, n, k)
+    return _best("matmul", m, n, k, device)
 
 
 @lru_cache(maxsize=4096)
 def matmul_small_config(n: int, k: int, device: torch.device) -> MatmulConfig:
     """Return how `matmul_small` cuts a product of these sizes on a device."""
-    return _best(MATMUL_SMALL, device_of(device), SMALL_M, n, k)
+    return _best("matmul_small", SMALL_M, n, k, device)
 
 
-def _matmul_configs(device: torch.device) -> tuple[MatmulConfig, ...]:
+def _tiles(op: str, device: torch.device) -> tuple[MatmulConfig, ...]:
+    if op == "matmul_small":
+        return MATMUL_SMALL
     if device.type == "cuda" and torch.version.hip:
         return MATMUL_MFMA
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:

@@ -9,6 +9,8 @@ and computes 2 flops a weight and row.
 Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxiv.org/abs/2106.09685).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -124,10 +126,17 @@ def matmul(
     block_size: int,
 ) -> Tensor:
     """Multiply by a weight in fragments; arguments as in nf4/reference/matmul.py."""
-    (m, k), n = x.shape, out_features
+    config = matmul_config(x.shape[0], out_features, x.shape[1], x.device)
+    weight, terms = (packed, absmax, absmax2, offset), (bias, t, lora_B, scaling)
+    return launch(config, x, *weight, *terms, out_features, block_size)
+
+
+def launch(config: MatmulConfig, x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+    """Multiply cut as config says; further arguments as of `matmul`."""
+    *terms, n, block_size = rest
+    m, k = x.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m:
-        config = matmul_config(m, n, k, x.device)
         launch_product(
             _matmul_kernel,
             config,
@@ -135,13 +144,7 @@ def matmul(
             y,
             x,
             packed,
-            absmax,
-            absmax2,
-            offset,
-            bias,
-            t,
-            lora_B,
-            scaling,
+            *terms,
             BLOCK_SIZE=block_size,
             BLOCK_M=config.block_m,
         )

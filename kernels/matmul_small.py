@@ -7,6 +7,8 @@ quantization).
 Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxiv.org/abs/2106.09685).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -121,10 +123,17 @@ def matmul_small(
     block_size: int,
 ) -> Tensor:
     """Multiply few rows; arguments as in nf4/reference/matmul.py, block_size at least 64."""
-    (m, k), n = x.shape, out_features
+    config = matmul_small_config(out_features, x.shape[1], x.device)
+    weight, terms = (packed, absmax, absmax2, offset), (bias, t, lora_B, scaling)
+    return launch(config, x, *weight, *terms, out_features, block_size)
+
+
+def launch(config: MatmulConfig, x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+    """Multiply cut as config says; further arguments as of `matmul_small`."""
+    *terms, n, block_size = rest
+    m, k = x.shape
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m:
-        config = matmul_small_config(n, k, x.device)
         launch_product(
             _matmul_small_kernel,
             config,
@@ -132,13 +141,7 @@ def matmul_small(
             y,
             x,
             packed,
-            absmax,
-            absmax2,
-            offset,
-            bias,
-            t,
-            lora_B,
-            scaling,
+            *terms,
             BLOCK_SIZE=block_size,
             UNROLL=next(u for u in (4, 2, 1) if k % (64 * u) == 0),
         )

@@ -68,14 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     bench = commands.add_parser(
         "bench",
-        help="compile the kernels for GPUs that are not here and count what they use",
-        description="Compile every kernel ahead of time and print registers, spills, shared "
-        "memory and, for NVIDIA, instructions per weight and the width of loads and stores. Needs "
-        "Triton, no GPU. "
-        "The scripts bench/bench_*.py measure time.",
+        help="count what the kernels use on GPUs that are not here, or tune them on one that is",
+        description="--compile: compile every kernel ahead of time and print registers, spills, "
+        "shared memory and, for NVIDIA, instructions per weight and the width of loads and stores; "
+        "needs Triton, no GPU. --tune: measure which product kernel and which tile is fastest on "
+        "this GPU, and keep it for later runs. The scripts bench/bench_*.py measure time.",
     )
-    bench.add_argument("--compile", action="store_true", required=True, help="the one mode so far")
+    mode = bench.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--compile", action="store_true", help="compile and count")
+    mode.add_argument("--tune", action="store_true", help="measure and choose")
     bench.add_argument("--target", nargs="+", help="GPUs such as sm_90 or gfx942 (default: all)")
+    bench.add_argument("--shapes", nargs="+", metavar="NxK", help="weights to tune for")
     bench.add_argument("--json", action="store_true", help="print the result as JSON")
     bench.set_defaults(run=_bench)
     return parser
@@ -96,6 +99,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    if options.tune:
+        _tune(options)
+        return
     from nf4.demo.report import progress_bar
 
     compiler = import_module("nf4.kernels._report")
@@ -106,6 +112,20 @@ def _bench(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
         return
     sys.stdout.write(compiler.table(rows))
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from nf4.demo.report import progress_bar
+
+    tuner = import_module("nf4.gpu.tune")
+    shapes = tuner.parse_shapes(options.shapes) if options.shapes else tuner.SHAPES
+    gpu = tuner.find_gpu()
+    with progress_bar("Measure", len(shapes)) as bar:
+        path = tuner.tune(shapes, gpu, bar.step)
+    if options.json:
+        sys.stdout.write(path.read_text(encoding="utf-8"))
+        return
+    sys.stdout.write(f"{path}\n")
 
 
 def _free_folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Write whole folders or nothing."""
+"""Write whole files and folders or nothing."""
 
 import os
 import shutil
@@ -30,6 +30,20 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.rename(beside, path)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text beside path, and rename it to path. Folders above path are made as needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
         raise
 
 

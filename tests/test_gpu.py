@@ -208,24 +208,6 @@ def test_gpu_plan_follows_its_table(emulate) -> None:
     assert all(64 <= limit <= 8192 and source == "modelled" for limit, source in limits)
 
 
-def test_gpu_plan_takes_what_was_measured(emulate, monkeypatch, tmp_path) -> None:
-    (tmp_path / "H200.json").write_text('{"fused_limits": [[4096, 4096, 300], [28672, 8192, 900]]}')
-    monkeypatch.setattr(gpu_plan, "MEASURED", tmp_path)
-    caches = (gpu_plan.plan, gpu_plan.fused_limit, gpu_plan._measured)
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        chosen = [
-            gpu_plan.plan(m, 5000, 4096, torch.bfloat16, "fragments", 64, torch.device("cpu"))
-            for m in (300, 301)
-        ]
-        assert [c.kernel for c in chosen] == ["matmul", "dequantize"]
-        assert chosen[1].reason == "301 rows are more than 300, measured on W 4096×4096"
-    finally:
-        for cache in caches:
-            cache.cache_clear()
-
-
 def test_gpu_explain_says_what_runs(gpu) -> None:
     f = nf4.to_fragments(nf4.quantize(torch.randn(64, 128).bfloat16()))
     told = nf4.explain((5, 128), f)

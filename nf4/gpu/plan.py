@@ -5,25 +5,23 @@
     in fragments       more, while faster     matmul: W decoded in the registers of the product
     any                the rest               dequantize into scratch, then the library's product
 
-"While faster" is measured where nf4/gpu/measured/ has a file for the device (`nf4 bench --tune`
+"While faster" is measured where kernels/measured/ has a file for the device (`nf4 bench --tune`
 writes it), and modelled by nf4/cost.py elsewhere. In rows W always goes the last way, and so does
 float32, float64, and a GPU without 16-bit tensor cores that Triton knows.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 
 from nf4.cost import Device, dequantize_seconds, device_of, gemm_seconds
 from nf4.kernels import _configs  # type: ignore[attr-defined]
+from nf4.kernels._measured import measured
 from nf4.tensor import fits_fragments
 
 SMALL_BLOCK_SIZE = 64  # the least that matmul_small takes
-MEASURED = Path(__file__).parent / "measured"
 # Model: a library product reaches its throughput only with many rows; a kernel launch costs this.
 LAUNCH_SECONDS = 3e-6
 
@@ -95,9 +93,9 @@ def plan(
 def fused_limit(n: int, k: int, block_size: int, device: torch.device) -> tuple[int, str]:
     """Return the rows up to which `matmul` beats the library on W ``[n, k]``, and who says so."""
     model = device_of(device)
-    measured = _measured(model.name)
-    if measured:
-        nearest = min(measured, key=lambda row: abs(math.log(row[0] * row[1] / (n * k))))
+    limits = measured(model.name).fused_limits
+    if limits:
+        nearest = min(limits, key=lambda row: abs(math.log(row[0] * row[1] / (n * k))))
         return nearest[2], f"measured on W {nearest[0]}×{nearest[1]}"
     rows = _configs.SMALL_M
     while rows < 8192 and _fused_wins(2 * rows, n, k, block_size, model, device):
@@ -111,13 +109,3 @@ def _fused_wins(
     fused = _configs.seconds(_configs.matmul_config(m, n, k, device), model, m, n, k)
     library = dequantize_seconds(model, n, k, block_size) + gemm_seconds(model, m, n, k)
     return bool(fused < library + LAUNCH_SECONDS)
-
-
-@lru_cache
-def _measured(name: str) -> list[list[int]]:
-    """Return rows [n, k, limit] of the file for a device; none if there is no file."""
-    path = MEASURED / f"{name.replace(' ', '-')}.json"
-    if not path.is_file():
-        return []
-    rows: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))["fused_limits"]
-    return rows

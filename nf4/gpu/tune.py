@@ -1,0 +1,176 @@
+"""Measure which kernel and which tile is fastest on the GPU at hand, and keep it for later runs.
+
+For a weight ``[N, K]`` and powers of two of rows: the cuts of the fused kernels that the model
+likes best, against dequantize and the library's product. See kernels/_measured.py for the file.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import linear as library_linear
+
+from nf4.cost import device_of
+from nf4.files import write_file
+from nf4.functional import to_fragments
+from nf4.gpu import plan
+from nf4.gpu.linear import dense_weight
+from nf4.kernels import _configs, _measured, matmul, matmul_small  # type: ignore[attr-defined]
+from nf4.tensor import NF4Tensor, fits_fragments
+
+# W of the linear layers of Llama-3-8B and 70B and of Qwen3-32B
+SHAPES = (
+    *((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    *((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
+    *((8192, 5120), (1024, 5120), (5120, 8192), (25600, 5120), (5120, 25600)),
+)
+ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CUTS = 4  # of a kernel, those that the model likes best
+LAUNCH = {"matmul": matmul.launch, "matmul_small": matmul_small.launch}
+Clock = Callable[[Callable[[], Any]], float]
+
+
+def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Return shapes given as ``"4096x4096"``.
+
+    Raises:
+        ValueError: a text is no shape, or one that does not fit fragments.
+    """
+    shapes = []
+    for text in texts:
+        n, _, k = text.replace("×", "x").partition("x")
+        if not (n.isdecimal() and k.isdecimal()):
+            raise ValueError(f"shapes: expected NxK such as 4096x4096, got {text}")
+        shapes.append((int(n), int(k)))
+        if not fits_fragments(torch.Size(shapes[-1]), 64):
+            raise ValueError(f"shapes: expected N a multiple of 16 and K of 64, got {text}")
+    return shapes
+
+
+def find_gpu() -> torch.device:
+    """Return the current GPU.
+
+    Raises:
+        ValueError: there is none, or none with kernels that multiply.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("expected a GPU to measure on, found none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not plan.has_matrix_kernels(device):
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"expected a GPU with 16-bit tensor cores, found {name}")
+    return device
+
+
+def gpu_seconds(function: Callable[[], Any]) -> float:
+    """Return the median time of a call on the GPU, the cache cleared before each."""
+    milliseconds: float = triton.testing.do_bench(function, warmup=5, rep=20, return_mode="median")
+    return 1e-3 * milliseconds
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]],
+    device: torch.device,
+    progress: Callable[[str], None] = lambda name: None,
+    clock: Clock = gpu_seconds,
+) -> Path:
+    """Measure, and write the file that later runs read.
+
+    Args:
+        shapes: of W, ``[N, K]``, each fit for fragments.
+        device: a GPU, see `find_gpu`.
+        progress: called with a name after each shape.
+        clock: returns the seconds of a call.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    limits, tiles = [], []
+    for n, k in shapes:
+        limit, rows = _tune_shape(n, k, device, clock)
+        limits.append([n, k, limit])
+        tiles += rows
+        progress(f"{n}×{k}")
+    name = device_of(device).name
+    path: Path = _measured.file_of(name)
+    if path.is_file():  # what was measured on other weights stays
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        limits = [row for row in earlier["fused_limits"] if (row[0], row[1]) not in shapes] + limits
+        tiles = [row for row in earlier["tiles"] if (row[2], row[3]) not in shapes] + tiles
+    found = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fused_limits": limits,
+        "tiles": tiles,
+    }
+    write_file(path, json.dumps(found, indent=1) + "\n")
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Let the next call read what was measured."""
+    for cached in (
+        _measured.measured,
+        _configs.matmul_config,
+        _configs.matmul_small_config,
+        plan.plan,
+        plan.fused_limit,
+    ):
+        cached.cache_clear()
+
+
+def _tune_shape(
+    n: int, k: int, device: torch.device, clock: Clock
+) -> tuple[int, list[list[object]]]:
+    """Return the rows up to which the fused kernel is faster, and the fastest cuts."""
+    q = _random_weight(n, k, device)
+    weight = (q.packed, q.absmax, q.absmax2, q.offset)
+    limit, tiles = _configs.SMALL_M, []
+    for m in ROWS:
+        x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
+
+        def library(x: Tensor = x) -> Tensor:
+            dense = dense_weight(*weight, (n, k), q.block_size, q.layout, x.dtype)
+            return library_linear(x, dense)
+
+        ops = ("matmul_small", "matmul") if m <= _configs.SMALL_M else ("matmul",)
+        for op in ops:
+            best, seconds = _fastest(op, x, q, clock)
+            tiles.append([op, m, n, k, best.block_m, best.block_n, best.split_k, 1e6 * seconds])
+        if m > _configs.SMALL_M:
+            if seconds >= clock(library):
+                break
+            limit = m
+    return limit, tiles
+
+
+def _fastest(op: str, x: Tensor, q: NF4Tensor, clock: Clock) -> tuple[_configs.MatmulConfig, float]:
+    """Return the fastest of the cuts of a kernel that the model likes best, and its time."""
+    (m, k), n = x.shape, q.shape[0]
+    args = (x, q.packed, q.absmax, q.absmax2, q.offset, None, None, None, 1.0, n, q.block_size)
+    cuts = _configs.ranked(op, m, n, k, x.device)[:CUTS]
+    times = [clock(partial(LAUNCH[op], cut, *args)) for cut in cuts]
+    best = min(range(len(cuts)), key=times.__getitem__)
+    return cuts[best], times[best]
+
+
+def _random_weight(n: int, k: int, device: torch.device) -> NF4Tensor:
+    """Return a random weight in fragments, made without its dense form."""
+    blocks = n * k // 64
+    packed = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=device)
+    absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device=device)
+    absmax2 = torch.rand(-(-blocks // 256), device=device)
+    offset = torch.ones((), device=device)
+    rows = NF4Tensor(packed, absmax, torch.Size((n, k)), torch.bfloat16, 64, absmax2, offset)
+    return to_fragments(rows)
