@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ from nf4.kernels import _aot, _report  # noqa: E402
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Instructions per weight; per element of x or dY in the kernels of the adapter. The design asks for
 # 7 to dequantize and 17 to quantize whole bf16 tensors in blocks of 64; the other figures are what
@@ -98,6 +101,9 @@ def test_bench_compile_prints_a_row_for_each_kernel(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(_report.compilations(["sm_90"]))
     assert lines[2].startswith("| quantize, block 64, bf16 | sm_90 | 4 | ")
+    committed = (ROOT / "bench/results/compile.md").read_text(encoding="utf-8")
+    if f"Triton {_aot.triton.__version__}," in committed:
+        assert set(lines) <= set(committed.splitlines())
     assert main(["bench", "--compile", "--target", "gfx1100", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == len(_report.compilations(["gfx1100"]))
