@@ -16,7 +16,7 @@ def test_readme_examples_run_in_order(tmp_path, monkeypatch, capsys) -> None:
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     for line in (
         "4.127 bits per weight)",
         "0.092 of the norm, 20.7 dB",

@@ -16,13 +16,13 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
+from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.cost import device_of
 from nf4.files import write_file
-from nf4.functional import to_fragments
 from nf4.gpu import plan
 from nf4.gpu.linear import dense_weight
 from nf4.kernels import _configs, _measured, matmul, matmul_small  # type: ignore[attr-defined]
-from nf4.tensor import NF4Tensor, fits_fragments
+from nf4.tensor import fits_fragments
 
 # W of the linear layers of Llama-3-8B and 70B and of Qwen3-32B
 SHAPES = (
@@ -30,6 +30,7 @@ SHAPES = (
     *((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
     *((8192, 5120), (1024, 5120), (5120, 8192), (25600, 5120), (5120, 25600)),
 )
+BLOCK_SIZE = 64
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CUTS = 4  # of a kernel, those that the model likes best
 LAUNCH = {"matmul": matmul.launch, "matmul_small": matmul_small.launch}
@@ -48,7 +49,7 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
         if not (n.isdecimal() and k.isdecimal()):
             raise ValueError(f"shapes: expected NxK such as 4096x4096, got {text}")
         shapes.append((int(n), int(k)))
-        if not fits_fragments(torch.Size(shapes[-1]), 64):
+        if not fits_fragments(torch.Size(shapes[-1]), BLOCK_SIZE):
             raise ValueError(f"shapes: expected N a multiple of 16 and K of 64, got {text}")
     return shapes
 
@@ -134,19 +135,18 @@ def _tune_shape(
     n: int, k: int, device: torch.device, clock: Clock
 ) -> tuple[int, list[list[object]]]:
     """Return the rows up to which the fused kernel is faster, and the fastest cuts."""
-    q = _random_weight(n, k, device)
-    weight = (q.packed, q.absmax, q.absmax2, q.offset)
+    weight = _random_weight(n, k, device)
     limit, tiles = _configs.SMALL_M, []
     for m in ROWS:
         x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
 
         def library(x: Tensor = x) -> Tensor:
-            dense = dense_weight(*weight, (n, k), q.block_size, q.layout, x.dtype)
+            dense = dense_weight(*weight, (n, k), BLOCK_SIZE, "fragments", x.dtype)
             return library_linear(x, dense)
 
         ops = ("matmul_small", "matmul") if m <= _configs.SMALL_M else ("matmul",)
         for op in ops:
-            best, seconds = _fastest(op, x, q, clock)
+            best, seconds = _fastest(op, x, weight, n, clock)
             tiles.append([op, m, n, k, best.block_m, best.block_n, best.split_k, 1e6 * seconds])
         if m > _configs.SMALL_M:
             if seconds >= clock(library):
@@ -155,22 +155,21 @@ def _tune_shape(
     return limit, tiles
 
 
-def _fastest(op: str, x: Tensor, q: NF4Tensor, clock: Clock) -> tuple[_configs.MatmulConfig, float]:
+def _fastest(
+    op: str, x: Tensor, weight: tuple[Tensor, ...], n: int, clock: Clock
+) -> tuple[_configs.MatmulConfig, float]:
     """Return the fastest of the cuts of a kernel that the model likes best, and its time."""
-    (m, k), n = x.shape, q.shape[0]
-    args = (x, q.packed, q.absmax, q.absmax2, q.offset, None, None, None, 1.0, n, q.block_size)
-    cuts = _configs.ranked(op, m, n, k, x.device)[:CUTS]
+    args = (x, *weight, None, None, None, 1.0, n, BLOCK_SIZE)
+    cuts = _configs.ranked(op, x.shape[0], n, x.shape[1], x.device)[:CUTS]
     times = [clock(partial(LAUNCH[op], cut, *args)) for cut in cuts]
     best = min(range(len(cuts)), key=times.__getitem__)
     return cuts[best], times[best]
 
 
-def _random_weight(n: int, k: int, device: torch.device) -> NF4Tensor:
-    """Return a random weight in fragments, made without its dense form."""
-    blocks = n * k // 64
+def _random_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Return packed, absmax, absmax2 and offset of a random weight in fragments."""
+    blocks = n * k // BLOCK_SIZE
     packed = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=device)
     absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device=device)
-    absmax2 = torch.rand(-(-blocks // 256), device=device)
-    offset = torch.ones((), device=device)
-    rows = NF4Tensor(packed, absmax, torch.Size((n, k)), torch.bfloat16, 64, absmax2, offset)
-    return to_fragments(rows)
+    absmax2 = torch.rand(-(-blocks // ABSMAX_BLOCK_SIZE), device=device)
+    return packed, absmax, absmax2, torch.ones((), device=device)
