@@ -34,6 +34,7 @@ BLOCK_SIZE = 64
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CUTS = 4  # of a kernel, those that the model likes best
 LAUNCH = {"matmul": matmul.launch, "matmul_small": matmul_small.launch}
+Weight = tuple[Tensor, Tensor, Tensor, Tensor]  # packed, absmax, absmax2, offset
 Clock = Callable[[Callable[[], Any]], float]
 
 
@@ -156,7 +157,7 @@ def _tune_shape(
 
 
 def _fastest(
-    op: str, x: Tensor, weight: tuple[Tensor, ...], n: int, clock: Clock
+    op: str, x: Tensor, weight: Weight, n: int, clock: Clock
 ) -> tuple[_configs.MatmulConfig, float]:
     """Return the fastest of the cuts of a kernel that the model likes best, and its time."""
     args = (x, *weight, None, None, None, 1.0, n, BLOCK_SIZE)
@@ -166,7 +167,7 @@ def _fastest(
     return cuts[best], times[best]
 
 
-def _random_weight(n: int, k: int, device: torch.device) -> tuple[Tensor, ...]:
+def _random_weight(n: int, k: int, device: torch.device) -> Weight:
     """Return packed, absmax, absmax2 and offset of a random weight in fragments."""
     blocks = n * k // BLOCK_SIZE
     packed = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=device)
