@@ -60,12 +60,54 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_gpu_lora_linear_is_no_worse_than_the_unfused_path(name, gpu, monkeypatch) -> None:
-    """y and every gradient, against float64: an error of at most 1.1 times PEFT's order's."""
-    m, n, k, block_size, r, p, dtype, layout, kernel = CASES[name]
-    if kernel:
-        choose(monkeypatch, kernel)
+    if CASES[name][-1]:
+        choose(monkeypatch, CASES[name][-1])
+    launches = compare(CASES[name], 0.5, torch.ones(()), gpu)
+    if name in LAUNCHES:
+        assert launches == LAUNCHES[name]
+
+
+@pytest.mark.parametrize("name", ["decoding", "middle", "merged", "dropout", "dropout_fused"])
+@pytest.mark.parametrize("scaling", [2**-7, -3.0, 64.0])
+def test_gpu_lora_linear_of_outliers_is_no_worse_at_any_scale(
+    name, scaling, gpu, monkeypatch
+) -> None:
+    if CASES[name][-1]:
+        choose(monkeypatch, CASES[name][-1])
+    k = CASES[name][2]
+    channels = torch.where(torch.rand(k) < 0.05, 100.0, 0.3)  # as the inputs of language models
+    compare(CASES[name], scaling, channels, gpu)
+
+
+@pytest.mark.parametrize("kernel", ["matmul_small", "matmul", "dequantize"])
+def test_gpu_fp16_overflows_no_earlier_than_torch_s(kernel, gpu, monkeypatch) -> None:
+    choose(monkeypatch, kernel)
+    w = torch.full((32, 128), 100.0)
+    w[:, 64:] = -100.0
+    q = nf4.quantize(w.half())
+    x = torch.full((4, 128), 600.0, dtype=torch.float16)  # partial sums of 3.8e6 that cancel
+    a, b = torch.full((4, 128), 0.5), torch.full((32, 4), 0.01)
+    y = nf4.lora_linear(x, nf4.to_fragments(q), a, b, 2.0)
+    unfused = x @ nf4.dequantize(q).T + 2.0 * (x @ a.half().T @ b.half().T)
+    assert torch.isfinite(unfused).all() and torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("scaling", [0.0, 1e-40, 1e-30, 1e30])
+def test_gpu_scaling_of_any_size(scaling, gpu) -> None:
+    q = nf4.to_fragments(nf4.quantize(torch.randn(32, 128)))
+    x, a, b = torch.randn(3, 128).bfloat16(), torch.randn(4, 128), torch.randn(32, 4)
+    y = nf4.lora_linear(x, q, a, b, scaling).double()
+    exact = x.double() @ nf4.dequantize(q, torch.float64).T
+    exact += scaling * x.double() @ a.double().T @ b.double().T
+    assert error(y, exact) < 2**-7
+
+
+def compare(case, scaling: float, channels: torch.Tensor, gpu) -> str:
+    """Hold y and every gradient to float64: an error of at most 1.1 times PEFT's order's."""
+    m, n, k, block_size, r, p, dtype, layout, _ = case
     q = nf4.quantize(torch.randn(n, k) / k**0.5, block_size)
-    x, a, b = torch.randn(m, k).to(dtype), torch.randn(r, k) / k**0.5, torch.randn(n, r) / r**0.5
+    x = (channels * torch.randn(m, k)).to(dtype)
+    a, b = torch.randn(r, k) / k**0.5, torch.randn(n, r) / r**0.5
     bias, dy, seed = torch.randn(n), torch.randn(m, n).to(dtype), torch.tensor(77) if p else None
     mask = dropout_mask(seed, x.shape, p).double() / (1 - p) if p else torch.ones(m, k).double()
 
@@ -77,16 +119,14 @@ def test_gpu_lora_linear_is_no_worse_than_the_unfused_path(name, gpu, monkeypatc
     held = nf4.to_fragments(q) if layout == "fragments" else q
     gpu.launches.clear()
     ours = gradients(
-        lambda x, a, b, bias: nf4.lora_linear(x, held, a, b, 0.5, bias, p, seed), x, a, b, bias
+        lambda x, a, b, bias: nf4.lora_linear(x, held, a, b, scaling, bias, p, seed), x, a, b, bias
     )
     launches = " ".join(name.strip("_").removesuffix("_kernel") for name in gpu.launches)
-    if name in LAUNCHES:
-        assert launches == LAUNCHES[name]
 
     def unfused(w):
         def compute(x, a, b, bias):
             y = torch.nn.functional.linear(x, w, bias)
-            return y + (x * mask.to(x.dtype)) @ a.T @ b.T * 0.5
+            return y + (x * mask.to(x.dtype)) @ a.T @ b.T * scaling
 
         return compute
 
@@ -98,6 +138,7 @@ def test_gpu_lora_linear_is_no_worse_than_the_unfused_path(name, gpu, monkeypatc
         ("y", "x", "A", "B", "bias"), ours, theirs, exact, strict=True
     ):
         assert error(found, truth) <= 1.1 * error(other, truth) + 2**-22, what
+    return launches
 
 
 @pytest.mark.parametrize("kernel", [None, "dequantize"])

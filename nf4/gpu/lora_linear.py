@@ -25,6 +25,8 @@ from nf4.reference.linear import accumulator
 from nf4.reference.lora_linear import add_lora, add_lora_backward
 
 MAX_RANK = 256
+# What the fused kernels take: they divide their sums by it, and multiply later
+LEAST_SCALING, GREATEST_SCALING = 2.0**-100, 2.0**100
 
 
 def _fits(x: Tensor, n: int, k: int, r: int, seed: Tensor | None) -> bool:
@@ -67,7 +69,7 @@ def lora_linear(
         dequantize_merge(*weight, lora_A, lora_B, scaling, block_size, x.dtype, w)
         return library_linear(x, w, None if bias is None else bias.to(x.dtype)), t
     t = lora_down(x, lora_A, dropout_p, seed)
-    if kernel in KERNELS and scaling != 0:
+    if kernel in KERNELS and LEAST_SCALING <= abs(scaling) <= GREATEST_SCALING:
         return KERNELS[kernel](x, *weight, bias, t, lora_B, scaling, n, block_size), t
     w = dense_weight(*weight, (n, k), block_size, layout, x.dtype)
     return lora_up(t, lora_B.T, scaling, bias, 0.0, None).addmm_(x, w.T), t
