@@ -92,6 +92,18 @@ def implementation(op: str, device_type: str) -> Callable[..., Any]:
     return function
 
 
+def _run(op: str, like: Tensor, *args: Any) -> Any:
+    """Compute an operator where a tensor is, whatever the current device is."""
+    function, device = implementation(op, like.device.type), like.device
+    if device.type == "cpu":
+        return function(*args)
+    module = torch.get_device_module(device)
+    if device.index == module.current_device():
+        return function(*args)
+    with module.device(device):  # kernels are launched on the current device
+        return function(*args)
+
+
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Keep autocast out of an operator: its caller has chosen the dtypes already."""
     kind = x.device.type
@@ -114,7 +126,7 @@ def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 
 
 def _quantize(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
-    packed, absmax = implementation("quantize", w.device.type)(w, block_size)
+    packed, absmax = _run("quantize", w, w, block_size)
     if check and not torch.isfinite(absmax).all():
         position = (~torch.isfinite(w.reshape(-1))).nonzero()[0, 0].cpu()
         index = tuple(int(i) for i in torch.unravel_index(position, w.shape))
@@ -136,12 +148,12 @@ def _quantize_out(w: Tensor, block_size: int, check: bool, packed: Tensor, absma
         for target, value in zip(out, _quantize(w, block_size, check), strict=True):
             target.copy_(value)
     else:
-        implementation("quantize", w.device.type)(w, block_size, out)
+        _run("quantize", w, w, block_size, out)
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parts: tuple[Tensor, Tensor, Tensor]
-    parts = implementation("quantize_absmax", absmax.device.type)(absmax)
+    parts = _run("quantize_absmax", absmax, absmax)
     return parts
 
 
@@ -152,14 +164,14 @@ def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantize_absmax_out(absmax: Tensor, codes: Tensor, absmax2: Tensor, offset: Tensor) -> None:
-    implementation("quantize_absmax", absmax.device.type)(absmax, (codes, absmax2, offset))
+    _run("quantize_absmax", absmax, absmax, (codes, absmax2, offset))
 
 
 # --- dequantize
 
 
 def _dequantize(packed: Tensor, *args: Any) -> Tensor:
-    out: Tensor = implementation("dequantize", packed.device.type)(packed, *args)
+    out: Tensor = _run("dequantize", packed, packed, *args)
     return out
 
 
@@ -193,7 +205,7 @@ def _dequantize_out(
 
 
 def _repack(packed: Tensor, absmax: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    packed, absmax = implementation("repack", packed.device.type)(packed, absmax, *args)
+    packed, absmax = _run("repack", packed, packed, absmax, *args)
     return packed, absmax
 
 
@@ -206,7 +218,7 @@ def _repack_fake(packed: Tensor, absmax: Tensor, *args: Any) -> tuple[Tensor, Te
 
 def _linear(x: Tensor, *args: Any) -> Tensor:
     with _no_autocast(x):
-        out: Tensor = implementation("linear", x.device.type)(x, *args)
+        out: Tensor = _run("linear", x, x, *args)
     return out
 
 
@@ -216,7 +228,7 @@ def _linear_fake(x: Tensor, *args: Any) -> Tensor:
 
 def _linear_backward(dy: Tensor, *args: Any) -> Tensor:
     with _no_autocast(dy):
-        out: Tensor = implementation("linear_backward", dy.device.type)(dy, *args)
+        out: Tensor = _run("linear_backward", dy, dy, *args)
     return out
 
 
@@ -242,7 +254,7 @@ def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     with _no_autocast(x):
-        y, t = implementation("lora_linear", x.device.type)(x, *args)
+        y, t = _run("lora_linear", x, x, *args)
     need_t = args[10]
     return y, t if need_t else x.new_empty(0)
 
@@ -255,7 +267,7 @@ def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     with _no_autocast(dy):
-        grads = implementation("lora_linear_backward", dy.device.type)(dy, *args)
+        grads = _run("lora_linear_backward", dy, dy, *args)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 

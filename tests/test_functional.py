@@ -1,11 +1,14 @@
 """Every wrong argument of the public functions gets an error that names it."""
 
 import dataclasses
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import nf4
+from nf4 import operators
 
 W = torch.randn(8, 64)
 Q = nf4.quantize(W)
@@ -241,3 +244,26 @@ def test_nf4tensor_moves_between_devices(double_quant) -> None:
     q = nf4.quantize(torch.randn(8, 64), double_quant=double_quant)
     assert {t.device.type for t in q.to("meta").tensors()} == {"meta"}
     assert torch.equal(nf4.dequantize(q.to("cpu")), nf4.dequantize(q))
+
+
+def test_operators_run_on_the_device_of_their_tensors(monkeypatch) -> None:
+    """Kernels are launched on the current device: it must be that of the tensors."""
+    entered, computed = [], []
+
+    @contextmanager
+    def enter(device):
+        entered.append(device)
+        yield
+        entered.append(None)
+
+    module = SimpleNamespace(current_device=lambda: 0, device=enter)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(
+        operators, "implementation", lambda *key: lambda x: computed.append((key, list(entered)))
+    )
+    first, second = (SimpleNamespace(device=torch.device("cuda", i)) for i in (0, 1))
+    operators._run("dequantize", first, first)
+    operators._run("dequantize", second, second)
+    key = ("dequantize", "cuda")
+    assert computed == [(key, []), (key, [second.device])]
+    assert entered == [second.device, None]
