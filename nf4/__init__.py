@@ -4,6 +4,7 @@ Quantize tensors, layers and models to NF4, multiply by them, train adapters on 
 what four bits cost. Importing this package needs neither a GPU nor Triton.
 """
 
+from nf4.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
 from nf4.checkpoint import load_adapter, save_adapter
 from nf4.convert import add_lora, merge, quantize_model
 from nf4.dispatch import explain
@@ -21,6 +22,7 @@ __all__ = [
     "add_lora",
     "dequantize",
     "explain",
+    "from_bitsandbytes",
     "linear",
     "load_adapter",
     "lora_linear",
@@ -31,6 +33,7 @@ __all__ = [
     "quantize_model",
     "release_scratch",
     "save_adapter",
+    "to_bitsandbytes",
     "to_fragments",
     "to_rows",
 ]

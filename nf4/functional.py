@@ -99,13 +99,13 @@ def dequantize(
     check_nf4(q)
     if out is not None:
         _check_dequantize_out(out, q, dtype)
-        weight = (q.packed, q.absmax, q.absmax2, q.offset)
+        weight = q.parts()
         call("dequantize_out", *weight, q.block_size, out.detach(), q.layout)
         return out
     dtype = q.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype}")
-    weight = (q.packed, q.absmax, q.absmax2, q.offset)
+    weight = q.parts()
     result: Tensor = call("dequantize", *weight, list(q.shape), q.block_size, dtype, q.layout)
     return result
 
@@ -164,7 +164,7 @@ def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     _check_linear(x, q, bias)
     _check_no_tangent(x, bias)
     x = _autocast(x)
-    weight = (q.packed, q.absmax, q.absmax2, q.offset)
+    weight = q.parts()
     y: Tensor = call("linear", x, *weight, bias, q.shape[0], q.block_size, q.layout)
     return y
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from nf4 import bitsandbytes_files
 from nf4.dispatch import wants_fragments
 from nf4.functional import (
     check_block_size,
@@ -260,14 +261,26 @@ class LinearNF4(nn.Module):
     ) -> None:
         """Save the weight in rows, whatever its layout in memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata.update(bitsandbytes_files.describe(self.weight))
         if self.layout != "rows":
             q = to_rows(self.weight)
             destination[prefix + "packed"], destination[prefix + "absmax"] = q.packed, q.absmax
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Refuse a weight quantized otherwise, before anything is copied."""
+        """Refuse a weight quantized otherwise, before anything is copied.
+
+        A weight as bitsandbytes writes it is taken, however it is quantized: its tensors tell.
+        """
         errors = args[-1]
         found = len(errors)
+        if prefix + "weight" in bitsandbytes_files.weights_in(state_dict):
+            try:
+                self._take_bitsandbytes(state_dict, prefix, args[0])
+            except ValueError as error:
+                errors.append(str(error))
+                return
         for name in _FROZEN:
             new, old = state_dict.get(prefix + name), getattr(self, name)
             if new is not None and old is None:
@@ -286,6 +299,26 @@ class LinearNF4(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if layout != "rows" and not self.packed.is_meta:
             self._restore_layout(state_dict, prefix, layout)
+
+    def _take_bitsandbytes(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        """Put the tensors of bitsandbytes under this layer's names, and take on their form."""
+        own = self.weight
+        q = bitsandbytes_files.take(state_dict, prefix + "weight")
+        if q.shape != own.shape:
+            raise ValueError(
+                f"{prefix}weight: expected shape {tuple(own.shape)}, got {tuple(q.shape)}"
+            )
+        if (q.block_size, q.double_quant) != (own.block_size, own.double_quant):
+            device = own.device
+            parts = [None if t is None else torch.empty_like(t, device=device) for t in q.parts()]
+            self._set_weight(q.with_parts(parts, dtype=self.dtype))
+        if metadata.get("assign_to_params_buffers", False):
+            self.dtype = q.dtype
+        for name, tensor in zip(_FROZEN, q.parts(), strict=True):
+            if tensor is not None:
+                state_dict[prefix + name] = tensor
 
     def _restore_layout(self, state_dict: dict[str, Any], prefix: str, layout: str) -> None:
         """Repack what was just loaded in rows; what was not loaded is in fragments still."""

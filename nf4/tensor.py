@@ -1,6 +1,7 @@
 """NF4Tensor: a quantized tensor as plain tensors and their meaning."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -71,10 +72,19 @@ class NF4Tensor:
         """Return the number of elements of the tensor that was quantized."""
         return math.prod(self.shape)
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return packed, absmax, absmax2 and offset, the last two None if not double-quantized."""
+        return self.packed, self.absmax, self.absmax2, self.offset
+
+    def with_parts(self, parts: Iterable[Tensor | None], **changes: Any) -> "NF4Tensor":
+        """Return a tensor of the same form with other `parts`, and other fields if given."""
+        packed, absmax, absmax2, offset = parts
+        named = {"packed": packed, "absmax": absmax, "absmax2": absmax2, "offset": offset}
+        return replace(self, **named, **changes)  # type: ignore[arg-type]
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return what is held: packed, absmax and, with double quantization, absmax2, offset."""
-        held = (self.packed, self.absmax, self.absmax2, self.offset)
-        return tuple(t for t in held if t is not None)
+        return tuple(t for t in self.parts() if t is not None)
 
     @property
     def nbytes(self) -> int:
@@ -89,13 +99,7 @@ class NF4Tensor:
     def to(self, device: torch.device | str | int) -> "NF4Tensor":
         """Return the same tensor on another device; bytes and scales have no other dtype."""
         device = torch.device(device)
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            absmax=self.absmax.to(device),
-            absmax2=None if self.absmax2 is None else self.absmax2.to(device),
-            offset=None if self.offset is None else self.offset.to(device),
-        )
+        return self.with_parts(None if t is None else t.to(device) for t in self.parts())
 
     @classmethod
     def __torch_function__(

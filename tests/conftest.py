@@ -119,20 +119,20 @@ def block() -> Block:
 
 @pytest.fixture
 def tiny_llama():
-    """Make a random two-layer Llama; the same one at each call."""
+    """Make a random two-layer Llama; the same one at each call with the same options."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    def make() -> nn.Module:
+    def make(**options) -> nn.Module:
         torch.manual_seed(1)
-        config = LlamaConfig(
-            vocab_size=320,
-            hidden_size=64,
-            intermediate_size=160,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        return LlamaForCausalLM(config)
+        sizes = {
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        return LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
 
     return make
 
