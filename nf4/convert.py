@@ -25,7 +25,7 @@ _READ_BY_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 def quantize_model(
     model: Model,
-    skip_modules: Iterable[str] = ("lm_head",),
+    skip_modules: str | Iterable[str] = ("lm_head",),
     block_size: int = 64,
     double_quant: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -38,8 +38,9 @@ def quantize_model(
 
     Args:
         model: any module; changed in place, and only after every layer has been checked.
-        skip_modules: names of modules to leave as they are, with all that is below them: a whole
-            dotted name or its last parts, such as ``"lm_head"`` or ``"mlp.down_proj"``.
+        skip_modules: modules to leave as they are, with all that is below them: a list of names,
+            whole ones or their last parts, such as ``"lm_head"`` or ``"mlp.down_proj"``, or one
+            regular expression for the whole name.
         block_size: elements that share one scale, a power of two from 32 to 4096.
         double_quant: quantize the scales to 8 bits too.
         progress: called with (layers done, layers in all) after each layer.
@@ -49,12 +50,13 @@ def quantize_model(
 
     Raises:
         TypeError: model is no module, or a weight has an unsupported dtype.
-        ValueError: block_size is not supported, no linear layer is found, the model has PEFT's
-            adapters, or a weight holds NaN or an infinity; the message names the layer.
+        ValueError: block_size is not supported, skip_modules no expression, no linear layer is
+            found, the model has PEFT's adapters, or a weight holds NaN or an infinity; the message
+            names the layer.
     """
     check_model(model)
     block_size = check_block_size(block_size)
-    skip_modules = check_names(skip_modules, "skip_modules")
+    skip_modules = check_skip_modules(skip_modules)
     wrapped = [m for m in model.modules() if type(m).__module__.startswith("peft.")]
     if wrapped:
         raise ValueError(
@@ -146,9 +148,9 @@ def merge(model: Model) -> Model:
     return replace_layers(model, layers, lambda layer: layer.to_linear())
 
 
-def dense_layers(model: nn.Module, skip_modules: Iterable[str]) -> dict[str, nn.Module]:
+def dense_layers(model: nn.Module, skip_modules: str | Iterable[str]) -> dict[str, nn.Module]:
     """Return the layers `quantize_model` would replace, by name."""
-    skip = check_names(skip_modules, "skip_modules")
+    skip = check_skip_modules(skip_modules)
     modules = dict(model.named_modules(remove_duplicate=False))
     skipped = {id(module) for name, module in modules.items() if _is_below(name, skip)}
     return {
@@ -213,12 +215,31 @@ def match_names(names: Iterable[str], targets: Iterable[str]) -> set[str]:
     return {name for name in names if name in targets or name.endswith(ends)}
 
 
-def _is_below(name: str, suffixes: Iterable[str]) -> bool:
-    """Return whether name, or a module it is inside of, ends with one of the dotted suffixes."""
+def check_skip_modules(skip_modules: str | Iterable[str]) -> str | tuple[str, ...]:
+    """Return a regular expression, or names as a tuple; raise if it is neither."""
+    if not isinstance(skip_modules, str):
+        return check_names(skip_modules, "skip_modules")
+    _compile(skip_modules, "skip_modules")
+    return skip_modules
+
+
+def _compile(pattern: str, name: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        message = f"{name}: expected a regular expression, got {pattern!r}: {error}"
+        raise ValueError(message) from error
+
+
+def _is_below(name: str, skip: str | Iterable[str]) -> bool:
+    """Return whether a name, or that of a module it is inside of, is one of those to skip."""
     parts = name.split(".")
+    if isinstance(skip, str):
+        ends = range(1, len(parts) + 1)
+        return any(re.fullmatch(skip, ".".join(parts[:end])) for end in ends)
     return any(
         parts[end - len(suffix) : end] == suffix
-        for suffix in (s.split(".") for s in suffixes)
+        for suffix in (s.split(".") for s in skip)
         for end in range(len(suffix), len(parts) + 1)
     )
 
@@ -230,12 +251,7 @@ def _match_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, 
     else:
         modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
         if isinstance(targets, str):
-            try:
-                pattern = re.compile(targets)
-            except re.error as error:
-                raise ValueError(
-                    f"target_modules: expected a regular expression, got {targets!r}: {error}"
-                ) from error
+            pattern = _compile(targets, "target_modules")
             matched = {n: m for n, m in modules.items() if pattern.fullmatch(n)}
         else:
             targets = list(check_names(targets, "target_modules"))

@@ -1,0 +1,309 @@
+"""Quantize transformers' models while they load, save them, and open them again.
+
+    import nf4.integrations.transformers as nf4_hf
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=nf4_hf.NF4Config())
+    model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+Importing this module makes the method "nf4" known to transformers, which must have happened before
+such a folder is opened. Weights are quantized one by one as they arrive, on the device that they
+are meant for: memory holds the 4-bit model and a tensor. transformers 5.17 and newer.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
+
+from nf4.bitsandbytes_files import take
+from nf4.convert import check_skip_modules, dense_layers, merge, quantized_layers, replace_layers
+from nf4.functional import check_block_size, quantize
+from nf4.linear import LinearNF4, dense_weight, is_conv1d
+from nf4.tensor import NF4Tensor
+
+METHOD = "nf4"
+# transformers asks this of a weight before it draws one; some models name a layer's from outside
+NF4Tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+# Of a weight that bitsandbytes wrote; the longer names first, for they are tried in order
+_BITSANDBYTES = [
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    "weight.quant_map",
+    "weight.absmax",
+    "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__fp4",
+    "weight",
+]
+
+
+@register_quantization_config(METHOD)
+class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """How `from_pretrained` quantizes a model.
+
+    Args:
+        block_size: elements that share one scale, a power of two from 32 to 4096.
+        double_quant: quantize the scales to 8 bits too.
+        skip_modules: modules to leave dense, as in `nf4.quantize_model`. By default what
+            transformers leaves alone: the output layer, and what is tied to the embeddings.
+        stored_as: what wrote the weights, of a checkpoint that is quantized: "nf4" or
+            "bitsandbytes".
+        **ignored: what newer versions add.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: block_size is not supported, or stored_as another word.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 64,
+        double_quant: bool = True,
+        skip_modules: list[str] | str | None = None,
+        stored_as: str = METHOD,
+        **ignored: Any,
+    ) -> None:
+        if not isinstance(double_quant, bool):
+            raise TypeError(f"double_quant: expected a bool, got {type(double_quant).__name__}")
+        if stored_as not in (METHOD, "bitsandbytes"):
+            raise ValueError(f"stored_as: expected 'nf4' or 'bitsandbytes', got {stored_as!r}")
+        if skip_modules is not None:
+            found = check_skip_modules(skip_modules)
+            skip_modules = found if isinstance(found, str) else list(found)
+        self.quant_method = METHOD
+        self.block_size = check_block_size(block_size)
+        self.double_quant = double_quant
+        self.skip_modules = skip_modules
+        self.stored_as = stored_as
+
+    @classmethod
+    def from_bitsandbytes(cls, config: BitsAndBytesConfig | dict[str, Any]) -> "NF4Config":
+        """Return the config that opens a checkpoint of bitsandbytes as nf4's.
+
+        Args:
+            config: that of the checkpoint: ``AutoConfig.from_pretrained(path)`` has it as
+                ``quantization_config``; put the result's ``to_dict()`` in its place and pass the
+                whole as ``config`` to ``from_pretrained``.
+
+        Raises:
+            TypeError: config is none of bitsandbytes.
+            ValueError: the checkpoint is not NF4.
+        """
+        if isinstance(config, dict):
+            if not config.get("load_in_4bit"):
+                raise ValueError(f"config: expected one with load_in_4bit, got {config}")
+            config = BitsAndBytesConfig.from_dict(config)
+        if not isinstance(config, BitsAndBytesConfig):
+            raise TypeError(f"config: expected a BitsAndBytesConfig, got {type(config).__name__}")
+        if not config.load_in_4bit or config.bnb_4bit_quant_type != "nf4":
+            raise ValueError(
+                "config: expected load_in_4bit with bnb_4bit_quant_type 'nf4', got "
+                f"{config.bnb_4bit_quant_type!r} with load_in_4bit={config.load_in_4bit}"
+            )
+        return cls(
+            double_quant=config.bnb_4bit_use_double_quant,
+            skip_modules=config.llm_int8_skip_modules,
+            stored_as="bitsandbytes",
+        )
+
+
+class _Operation(ConversionOps):  # type: ignore[misc]
+    """What makes a `LinearNF4` of the tensors that have just been read of a layer.
+
+    An error is kept until all is loaded, to be raised with the tensor's name; transformers, which
+    goes on after one, would only say that there was one.
+    """
+
+    def __init__(self, hf_quantizer: "NF4Quantizer") -> None:
+        self.hf_quantizer = hf_quantizer  # transformers asks for it: tensors are not cast then
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return type(self)(self.hf_quantizer)
+
+    def put(
+        self, model: nn.Module, name: str, make: Callable[[], NF4Tensor], missing_keys: set[str]
+    ) -> None:
+        """Replace the layer whose dense weight has a name by one around a quantized weight."""
+        old = model.get_submodule(name.rpartition(".")[0])
+        layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if m is old}
+        for alias in layers:
+            missing_keys.discard(f"{alias}.weight")
+        shape, dtype = tuple(dense_weight(old).shape), old.weight.dtype
+        try:
+            q = make()
+            if tuple(q.shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(q.shape)}")
+        except (TypeError, ValueError) as error:
+            message = str(error)
+            self.hf_quantizer.errors.append(message if name in message else f"{name}: {message}")
+            return
+
+        def convert(old: nn.Module) -> LinearNF4:
+            bias: Any = old.bias
+            layer = LinearNF4.from_weight(q.with_parts(q.parts(), dtype=dtype), bias)
+            layer._is_hf_initialized = True  # type: ignore[assignment]
+            return layer.train(old.training)
+
+        replace_layers(model, layers, convert)
+
+
+class _Quantize(_Operation):
+    """Quantize a dense weight."""
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **_: Any
+    ) -> dict[str, Tensor]:
+        config = self.hf_quantizer.quantization_config
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            if is_conv1d(model.get_submodule(name.rpartition(".")[0])):
+                weight = weight.T
+            make = partial(quantize, weight, config.block_size, config.double_quant, check=True)
+            self.put(model, name, make, missing_keys)
+        return {}
+
+
+class _FromBitsandbytes(_Operation):
+    """Take the tensors of a weight that bitsandbytes wrote."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str,
+        model: nn.Module,
+        missing_keys: set[str],
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        if len(input_dict) == 1:  # the weight of a norm, or of a layer that was skipped
+            (weight,) = input_dict.values()
+            old = model.get_parameter(full_layer_name)
+            weight = weight[0] if isinstance(weight, list) else weight
+            return {"weight": weight.to(old.dtype)}
+        module = full_layer_name.rpartition(".")[0]
+        tensors = {
+            f"{module}.{key}": value[0] if isinstance(value, list) else value
+            for key, value in input_dict.items()
+        }
+        self.put(model, full_layer_name, partial(take, tensors, full_layer_name), missing_keys)
+        return {}
+
+
+@register_quantizer(METHOD)
+class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers calls while it loads a model; users have no need of it."""
+
+    requires_calibration = False
+    quantization_config: NF4Config
+
+    def __init__(self, quantization_config: NF4Config, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.weights: frozenset[str] = frozenset()  # names, of those to be quantized
+        self.errors: list[str] = []
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse to leave quantized layers on the disk."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                f"device_map: expected devices for the 4-bit weights, got 'disk' in {device_map}"
+            )
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Return the bytes an element will take."""
+        if param_name not in self.weights:
+            return float(param.element_size())
+        config = self.quantization_config
+        return 0.5 + (1 + 4 / 256 if config.double_quant else 4) / config.block_size
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a parameter is a dense weight that is to be quantized."""
+        return not self.pre_quantized and param_name in self.weights
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what quantizes a weight."""
+        return _Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Return what reads the tensors of bitsandbytes."""
+        if not self._reads_bitsandbytes:
+            return []
+        return [WeightConverter(_BITSANDBYTES, "weight", [_FromBitsandbytes(self)])]
+
+    @property
+    def _reads_bitsandbytes(self) -> bool:
+        return self.pre_quantized and self.quantization_config.stored_as == "bitsandbytes"
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        if config.skip_modules is None:
+            fp32 = getattr(model, "_keep_in_fp32_modules", None)
+            config.skip_modules = sorted(self.get_modules_to_not_convert(model, None, fp32))
+        layers = dense_layers(model, config.skip_modules)
+        if not layers:
+            raise ValueError(
+                f"skip_modules: expected to leave a linear layer to quantize, "
+                f"{config.skip_modules} leaves none in {type(model).__name__}"
+            )
+        self.weights = frozenset(f"{name}.weight" for name in layers)
+        if self.pre_quantized and not self._reads_bitsandbytes:
+            options = {"block_size": config.block_size, "double_quant": config.double_quant}
+
+            def convert(old: nn.Module) -> LinearNF4:
+                n, k = dense_weight(old).shape
+                bias, dtype = old.bias is not None, old.weight.dtype
+                layer = LinearNF4(k, n, bias, "meta", dtype, **options)  # type: ignore[arg-type]
+                return layer.train(old.training)
+
+            replace_layers(model, layers, convert)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.errors:
+            raise ValueError("; ".join(self.errors))
+        layers = quantized_layers(model).values()
+        for layer in layers:
+            for parameter in layer.weight.tensors():
+                parameter.requires_grad_(False)
+            layer._choose_layout()
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [
+            c
+            for c in conversions
+            if not any(isinstance(op, _FromBitsandbytes) for op in getattr(c, "operations", ()))
+        ]
+        if self._reads_bitsandbytes:
+            self._describe(layers)
+        return model
+
+    def _describe(self, layers: Any) -> None:
+        """Let the config say how a checkpoint of bitsandbytes was quantized."""
+        config = self.quantization_config
+        forms = sorted({(layer.block_size, layer.double_quant) for layer in layers})
+        if len(forms) != 1:
+            raise ValueError(
+                f"checkpoint: expected one block size and one kind of scales, got {forms}"
+            )
+        config.block_size, config.double_quant = forms[0]
+        config.stored_as = METHOD
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        model = merge(model)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Return True: `save_pretrained` writes what `from_pretrained` opens."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Return True: adapters can be trained on it."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Return True: there are no graph breaks."""
+        return True

@@ -1,0 +1,254 @@
+"""The plug-in for transformers: models quantized while they load, saved, opened again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+import nf4
+from nf4.integrations.transformers import NF4Config
+
+ROOT = Path(__file__).resolve().parents[1]
+OLDEST = ROOT / ".venv" / "transformers-5.17"
+TOKENS = torch.arange(12)[None]
+
+
+def load(folder, *, dtype=torch.bfloat16, **options) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+
+
+def same_state(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.fixture
+def dense(tiny_llama, tmp_path) -> Path:
+    """A folder with a dense model in bf16, in several shards."""
+    folder = tmp_path / "dense"
+    tiny_llama().bfloat16().save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+OPTIONS = {
+    "default": {},
+    "block_128_single": {"block_size": 128, "double_quant": False},
+    "names": {"skip_modules": ["lm_head", "mlp.down_proj"]},
+    "pattern": {"skip_modules": r".*\.0\.self_attn|lm_head"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_model_is_quantized_on_load_saved_and_opened(options, dense, tiny_llama, tmp_path) -> None:
+    model = load(dense, quantization_config=NF4Config(**options), device_map={"": "cpu"})
+    expected = nf4.quantize_model(
+        tiny_llama().bfloat16(), **{"skip_modules": ("lm_head",), **options}
+    )
+    assert same_state(model, expected)
+    layers = [m for m in model.modules() if isinstance(m, nf4.LinearNF4)]
+    assert layers and all(not t.requires_grad for m in layers for t in m.weight.tensors())
+    assert not any(t.is_meta for t in model.state_dict().values())
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert same_state(again, model)
+    assert all(not t.requires_grad for m in nf4_layers(again) for t in m.weight.tensors())
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def nf4_layers(model: nn.Module) -> list[nf4.LinearNF4]:
+    return [m for m in model.modules() if isinstance(m, nf4.LinearNF4)]
+
+
+def test_model_of_a_plain_config_takes_its_dtype(dense) -> None:
+    model = load(dense, dtype=torch.float32, quantization_config=NF4Config())
+    assert {m.dtype for m in nf4_layers(model)} == {torch.float32}
+    assert model.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (1, 15)
+
+
+def test_tied_output_layer_stays_tied(tiny_llama, tmp_path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    model = load(tmp_path / "tied", quantization_config=NF4Config())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "saved")
+    assert same_state(load(tmp_path / "saved"), model)
+
+
+def test_conv1d_layers_of_gpt2_are_quantized(tmp_path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=4, n_positions=32)
+    dense = GPT2LMHeadModel(config)
+    dense.save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", dtype=torch.float32, quantization_config=NF4Config())
+    assert same_state(model, nf4.quantize_model(dense))
+    assert len(nf4_layers(model)) == 8
+    model.save_pretrained(tmp_path / "saved")
+    assert same_state(load(tmp_path / "saved", dtype=torch.float32), model)
+
+
+@pytest.fixture
+def bitsandbytes_folder(tiny_llama, tmp_path) -> Path:
+    """A checkpoint as transformers writes one with bitsandbytes."""
+    from safetensors.torch import save_file
+
+    model = nf4.quantize_model(tiny_llama().bfloat16())
+    folder = tmp_path / "bitsandbytes"
+    folder.mkdir()
+    tensors = nf4.to_bitsandbytes(model.state_dict())
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config["quantization_config"] = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    ).to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_checkpoint_of_bitsandbytes_opens_as_ours(
+    bitsandbytes_folder, tiny_llama, tmp_path
+) -> None:
+    config = AutoConfig.from_pretrained(bitsandbytes_folder)
+    ours = NF4Config.from_bitsandbytes(config.quantization_config)
+    config.quantization_config = ours.to_dict()
+    model = load(bitsandbytes_folder, config=config)
+    assert same_state(model, nf4.quantize_model(tiny_llama().bfloat16()))
+    model.save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "nf4" and written["stored_as"] == "nf4"
+    assert same_state(load(tmp_path / "saved"), model)
+
+
+def test_model_trains_with_adapters(dense) -> None:
+    model = nf4.add_lora(load(dense, quantization_config=NF4Config()), r=4)
+    loss = model(TOKENS, labels=TOKENS).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert grads and all(n.endswith(("lora_A", "lora_B")) for n in grads)
+    assert all(torch.isfinite(g).all() for g in grads.values())
+
+
+def test_dequantize_gives_dense_layers(dense) -> None:
+    model = load(dense, quantization_config=NF4Config())
+    weight = model.model.layers[0].mlp.up_proj.merged_weight()
+    model.dequantize()
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
+    assert not nf4_layers(model) and not hasattr(model.config, "quantization_config")
+
+
+BAD_CONFIGS = {
+    "block_size": ({"block_size": 48}, ValueError, "block_size: expected a power of two"),
+    "double_quant": ({"double_quant": 1}, TypeError, "double_quant: expected a bool, got int"),
+    "skip": ({"skip_modules": [3]}, TypeError, "skip_modules: expected names, got 3"),
+    "pattern": ({"skip_modules": "("}, ValueError, "skip_modules: expected a regular expression"),
+    "stored_as": ({"stored_as": "gguf"}, ValueError, "stored_as: expected 'nf4' or 'bitsandbytes'"),
+}
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_config_refuses(options, kind, message) -> None:
+    with pytest.raises(kind, match=message):
+        NF4Config(**options)
+
+
+def test_config_of_bitsandbytes_refuses_what_is_not_nf4() -> None:
+    with pytest.raises(ValueError, match="expected load_in_4bit with bnb_4bit_quant_type 'nf4'"):
+        NF4Config.from_bitsandbytes(BitsAndBytesConfig(load_in_4bit=True))
+    with pytest.raises(ValueError, match="expected one with load_in_4bit"):
+        NF4Config.from_bitsandbytes({"quant_method": "gptq"})
+    with pytest.raises(TypeError, match="expected a BitsAndBytesConfig, got NF4Config"):
+        NF4Config.from_bitsandbytes(NF4Config())
+
+
+def test_loading_refuses(dense, tiny_llama, tmp_path) -> None:
+    with pytest.raises(ValueError, match="leaves none in LlamaForCausalLM"):
+        load(dense, quantization_config=NF4Config(skip_modules=["model", "lm_head"]))
+    with pytest.raises(ValueError, match="got 'disk' in"):
+        devices = {"model": "cpu", "lm_head": "disk"}
+        load(dense, quantization_config=NF4Config(), device_map=devices)
+    broken = tiny_llama().bfloat16()
+    broken.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=f"{name}: w: expected finite values, got nan"):
+        load(tmp_path / "broken", quantization_config=NF4Config())
+
+
+def test_checkpoint_of_bitsandbytes_with_another_codebook_is_refused(bitsandbytes_folder) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(bitsandbytes_folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight.quant_map"
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, bitsandbytes_folder / "model.safetensors", metadata={"format": "pt"})
+    config = AutoConfig.from_pretrained(bitsandbytes_folder)
+    config.quantization_config = NF4Config.from_bitsandbytes(config.quantization_config).to_dict()
+    with pytest.raises(ValueError, match=f"{name}: expected the NF4 codebook, got another table"):
+        load(bitsandbytes_folder, config=config)
+
+
+MEMORY = """
+import re, sys, threading, time
+import torch
+from transformers import AutoModelForCausalLM
+from nf4.integrations.transformers import NF4Config
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", file.read())[1])
+
+AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=NF4Config())  # warm up
+base, peak, done = anonymous(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.0005)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=NF4Config())
+done = True
+watcher.join()
+held = sum(t.nbytes for t in model.state_dict().values())
+print(peak - base, held)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loading_takes_the_4_bit_model_and_two_tensors(tiny_llama, dense, tmp_path) -> None:
+    folder = tmp_path / "large"
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 5}
+    large = tiny_llama(**sizes)
+    dense_bytes = sum(t.nbytes for t in large.state_dict().values())
+    tensor = max(t.nbytes for t in large.state_dict().values())
+    large.save_pretrained(folder)
+    del large
+    command = [sys.executable, "-c", MEMORY, str(folder), str(dense)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    peak, held = map(int, done.stdout.split())
+    assert dense_bytes > 150e6 and held < 0.2 * dense_bytes
+    # 16 MB for what quantize works with, a chunk of elements at a time, and the allocator's slack
+    assert peak <= held + 2 * tensor + 16e6, (peak, held, tensor)
+
+
+@pytest.mark.skipif(
+    not OLDEST.is_dir() or os.environ.get("PYTHONPATH") == str(OLDEST),
+    reason="needs the oldest supported transformers in .venv, where make test puts it",
+)
+def test_plug_in_works_with_the_oldest_transformers() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--no-cov", "-p", "no:xdist", __file__]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
+    environment = {**inherited, "PYTHONPATH": str(OLDEST)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
