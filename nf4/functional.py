@@ -5,6 +5,7 @@ What they compute, and how gradients flow, is registered in `nf4.operators`.
 
 import math
 import operator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd import forward_ad
 
 from nf4.codebook import BLOCK_SIZES
 from nf4.operators import call
+from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.tensor import DTYPES, NF4Tensor, check_fragments, check_nf4, packed_shape
 
 
@@ -108,6 +110,33 @@ def dequantize(
     weight = q.parts()
     result: Tensor = call("dequantize", *weight, list(q.shape), q.block_size, dtype, q.layout)
     return result
+
+
+def dequantize_rows(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield a matrix some rows at a time, so that it is never dense as a whole.
+
+    Args:
+        q: a quantized matrix ``[N, K]``.
+        step: about how many rows at a time: the next number of whole blocks.
+        dtype: floating, of the rows.
+
+    Yields:
+        Which rows, and their dense values ``[rows, K]``.
+    """
+    q = to_rows(q)
+    n, k = q.shape
+    absmax = q.absmax.detach()
+    if q.absmax2 is not None and q.offset is not None:
+        absmax = dequantize_absmax(absmax, q.absmax2, q.offset)
+    whole = q.block_size // math.gcd(q.block_size, k)  # rows that end where a block does
+    step = -(-step // whole) * whole
+    for first in range(0, n, step):
+        rows = slice(first, min(first + step, n))
+        start, stop = first * k, rows.stop * k
+        shape = torch.Size((rows.stop - first, k))
+        packed = q.packed.detach().view(-1)[start // 2 : -(-stop // 2)].view(packed_shape(shape))
+        scales = absmax[start // q.block_size : -(-stop // q.block_size)]
+        yield rows, dequantize(NF4Tensor(packed, scales, shape, q.dtype, q.block_size), dtype)
 
 
 def to_fragments(q: NF4Tensor) -> NF4Tensor:
