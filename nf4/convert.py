@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nf4.functional import check_block_size, check_weight
+from nf4.experts import PARTS, ExpertsNF4, is_experts
+from nf4.functional import check_block_size, check_weight, quantize
 from nf4.linear import (
     LinearNF4,
     QLoRALinear,
@@ -32,8 +33,9 @@ def quantize_model(
 ) -> Model:
     """Replace every linear layer of a model by a `LinearNF4`, in place.
 
-    ``torch.nn.Linear`` and transformers' ``Conv1D`` are replaced; subclasses with a forward of
-    their own stay, and so do layers that ``torch.nn.MultiheadAttention`` reads instead of calling.
+    ``torch.nn.Linear`` and transformers' ``Conv1D`` are replaced, and the experts of a mixture that
+    are kept as tensors of three dimensions, by `ExpertsNF4`; subclasses with a forward of their own
+    stay, and so do layers that ``torch.nn.MultiheadAttention`` reads instead of calling.
     Dense weights are freed one by one: the memory needed beyond the model is one layer's.
 
     Args:
@@ -72,8 +74,13 @@ def quantize_model(
     for name, layer in layers.items():
         check_layer(name, layer)
 
-    def convert(layer: nn.Module) -> LinearNF4:
+    def convert(layer: nn.Module) -> nn.Module:
+        if is_experts(layer):
+            return ExpertsNF4(layer, quantized)
         return LinearNF4.from_linear(layer, block_size=block_size, double_quant=double_quant)
+
+    def quantized(weight: Tensor) -> LinearNF4:
+        return LinearNF4.from_weight(quantize(weight, block_size, double_quant, check=True))
 
     return replace_layers(model, layers, convert, progress)
 
@@ -125,7 +132,7 @@ def add_lora(
 
 
 def merge(model: Model) -> Model:
-    """Turn every quantized layer back into a ``torch.nn.Linear``, adapters folded in.
+    """Make every quantized layer dense again, adapters folded in: ``torch.nn.Linear``, or experts.
 
     The weight is the dequantized one plus the adapter's product, added in fp32 and rounded once to
     the layer's dtype.
@@ -145,6 +152,10 @@ def merge(model: Model) -> Model:
     if not layers:
         raise ValueError(f"model: expected LinearNF4 layers, found none in {type(model).__name__}")
 
+    experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
+    inside = tuple(f"{name}." for name in experts)
+    layers = {n: m for n, m in layers.items() if not (inside and n.startswith(inside))}
+    model = replace_layers(model, experts, lambda module: module.to_experts())
     return replace_layers(model, layers, lambda layer: layer.to_linear())
 
 
@@ -156,9 +167,9 @@ def dense_layers(model: nn.Module, skip_modules: str | Iterable[str]) -> dict[st
     return {
         name: module
         for name, module in modules.items()
-        if (is_linear(module) or is_conv1d(module))
+        if (is_linear(module) or is_conv1d(module) or is_experts(module))
         and not isinstance(module, _READ_BY_ATTENTION)
-        and module.weight.numel()
+        and all(weight.numel() for _, weight in dense_weights(module))
         and id(module) not in skipped
     }
 
@@ -187,12 +198,20 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
+def dense_weights(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the weights that are to be quantized of a dense layer or of experts, with names."""
+    if is_experts(layer):
+        return [(name, getattr(layer, name)) for name in PARTS]
+    return [("weight", dense_weight(layer))]
+
+
 def check_layer(name: str, layer: nn.Module) -> None:
-    """Raise TypeError or ValueError, naming the layer, unless its weight can be quantized."""
-    weight = dense_weight(layer).detach()
-    check_weight(weight, f"{name}.weight")
-    if not weight.is_meta and not all(m.isfinite() for m in torch.aminmax(weight)):
-        raise ValueError(f"{name}.weight: expected finite values, got NaN or an infinity")
+    """Raise TypeError or ValueError, naming the layer, unless its weights can be quantized."""
+    for part, weight in dense_weights(layer):
+        weight = weight.detach()
+        check_weight(weight, f"{name}.{part}")
+        if not weight.is_meta and not all(m.isfinite() for m in torch.aminmax(weight)):
+            raise ValueError(f"{name}.{part}: expected finite values, got NaN or an infinity")
 
 
 def check_names(names: Iterable[str], name: str) -> tuple[str, ...]:

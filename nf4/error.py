@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nf4.convert import check_layer, check_model, dense_layers
+from nf4.convert import check_layer, check_model, dense_layers, dense_weights
 from nf4.functional import check_weight, dequantize, quantize
-from nf4.linear import dense_weight
 from nf4.tensor import NF4Tensor, check_nf4
 
 
@@ -76,7 +75,7 @@ class LayerError:
     Attributes:
         name: dotted name of the layer.
         kind: last part of the name, such as ``"q_proj"``.
-        shape: ``(out_features, in_features)``.
+        shape: ``(out_features, in_features)``, with the number of experts before it if any.
         bits_per_weight: scales included.
         error: the measured error.
     """
@@ -90,7 +89,7 @@ class LayerError:
 
 def model_error(
     model: nn.Module,
-    skip_modules: Iterable[str] = ("lm_head",),
+    skip_modules: str | Iterable[str] = ("lm_head",),
     block_size: int = 64,
     double_quant: bool = True,
 ) -> list[LayerError]:
@@ -116,13 +115,13 @@ def model_error(
     rows = []
     for name, layer in layers.items():
         check_layer(name, layer)
-        w = dense_weight(layer)
-        if w.is_meta:
-            raise ValueError(f"{name}.weight: expected values to measure, got a meta tensor")
-        q = quantize(w, block_size, double_quant, check=True)
-        kind = name.rpartition(".")[2]
-        error = quantization_error(w, q)
-        rows.append(LayerError(name, kind, tuple(w.shape), q.bits_per_weight, error))
+        for part, w in dense_weights(layer):
+            if w.is_meta:
+                raise ValueError(f"{name}.{part}: expected values to measure, got a meta tensor")
+            q = quantize(w, block_size, double_quant, check=True)
+            row = name if part == "weight" else f"{name}.{part}"
+            kind, error = row.rpartition(".")[2], quantization_error(w, q)
+            rows.append(LayerError(row, kind, tuple(w.shape), q.bits_per_weight, error))
     return rows
 
 

@@ -25,6 +25,8 @@ def test_quantize_model_replaces_all_linears_but_the_skipped(block) -> None:
         (("1",), ["0.1", "1.0", "1.1"]),
         (("1.0",), ["1.0"]),
         (["0"], ["0.0", "0.1", "1.0"]),
+        (r"\d\.1", ["0.1", "1.1"]),
+        ("1", ["1.0", "1.1"]),
     ],
     ids=str,
 )
@@ -253,10 +255,10 @@ BAD = {
         ValueError,
         "expected at least one nn.Linear or Conv1D to quantize, found none in Sequential",
     ),
-    "skip_string": (
-        lambda: nf4.quantize_model(nn.Linear(8, 8), skip_modules="lm_head"),
-        TypeError,
-        "skip_modules: expected a list of names, got the string 'lm_head'",
+    "skip_pattern": (
+        lambda: nf4.quantize_model(nn.Linear(8, 8), skip_modules="lm_head("),
+        ValueError,
+        "skip_modules: expected a regular expression, got 'lm_head\\('",
     ),
     "skip_none": (
         lambda: nf4.quantize_model(nn.Linear(8, 8), skip_modules=None),

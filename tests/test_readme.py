@@ -16,14 +16,15 @@ def test_readme_examples_run_in_order(tmp_path, monkeypatch, capsys) -> None:
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
     for line in (
         "4.127 bits per weight)",
         "0.092 of the norm, 20.7 dB",
         "['bias', 'lora_A', 'lora_B']",
     ):
         assert line in printed and line in README
-    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    for name in ("adapter/adapter_config.json", "quantized/config.json", "peft-adapter"):
+        assert (tmp_path / name).exists(), name
 
 
 def test_readme_links_lead_somewhere() -> None:

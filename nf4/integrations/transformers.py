@@ -22,7 +22,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from nf4.bitsandbytes_files import take
-from nf4.convert import check_skip_modules, dense_layers, merge, quantized_layers, replace_layers
+from nf4.convert import (
+    check_skip_modules,
+    dense_layers,
+    dense_weights,
+    merge,
+    quantized_layers,
+    replace_layers,
+)
+from nf4.experts import PARTS, ExpertsNF4, is_experts
 from nf4.functional import check_block_size, quantize
 from nf4.linear import LinearNF4, dense_weight, is_conv1d
 from nf4.tensor import NF4Tensor
@@ -159,13 +167,41 @@ class _Quantize(_Operation):
         self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **_: Any
     ) -> dict[str, Tensor]:
         config = self.hf_quantizer.quantization_config
+        options = (config.block_size, config.double_quant)
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
-            if is_conv1d(model.get_submodule(name.rpartition(".")[0])):
-                weight = weight.T
-            make = partial(quantize, weight, config.block_size, config.double_quant, check=True)
-            self.put(model, name, make, missing_keys)
+            layer = model.get_submodule(name.rpartition(".")[0])
+            if is_experts(layer):
+                self._put_experts(model, name, layer, weight, options, missing_keys)
+                continue
+            weight = weight.T if is_conv1d(layer) else weight
+            self.put(model, name, partial(quantize, weight, *options, check=True), missing_keys)
         return {}
+
+    def _put_experts(
+        self,
+        model: nn.Module,
+        name: str,
+        old: nn.Module,
+        weight: Tensor,
+        options: tuple[int, bool],
+        missing_keys: set[str],
+    ) -> None:
+        """Quantize one weight of all experts; replace them once both are here."""
+        module, _, part = name.rpartition(".")
+        missing_keys.discard(name)
+        waiting = self.hf_quantizer.waiting.setdefault(module, {})
+        try:
+            waiting[part] = [quantize(w, *options, check=True) for w in weight]
+        except ValueError as error:
+            self.hf_quantizer.errors.append(f"{name}: {error}")
+        if len(waiting) == len(PARTS):
+            del self.hf_quantizer.waiting[module]
+            found = iter([q for part in PARTS for q in waiting[part]])
+            experts = ExpertsNF4(old, lambda w: LinearNF4.from_weight(next(found)))
+            for one in experts.modules():
+                one._is_hf_initialized = True  # type: ignore[assignment]
+            replace_layers(model, {module: old}, lambda old: experts)
 
 
 class _FromBitsandbytes(_Operation):
@@ -204,6 +240,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **options)
         self.weights: frozenset[str] = frozenset()  # names, of those to be quantized
         self.errors: list[str] = []
+        self.waiting: dict[str, dict[str, list[NF4Tensor]]] = {}  # experts of which half is there
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse to leave quantized layers on the disk."""
@@ -241,22 +278,28 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if config.skip_modules is None:
             fp32 = getattr(model, "_keep_in_fp32_modules", None)
-            config.skip_modules = sorted(self.get_modules_to_not_convert(model, None, fp32))
+            found = self.get_modules_to_not_convert(model, None, fp32)
+            config.skip_modules = sorted({name.removesuffix(".bias") for name in found})
         layers = dense_layers(model, config.skip_modules)
         if not layers:
             raise ValueError(
                 f"skip_modules: expected to leave a linear layer to quantize, "
                 f"{config.skip_modules} leaves none in {type(model).__name__}"
             )
-        self.weights = frozenset(f"{name}.weight" for name in layers)
+        self.weights = frozenset(
+            f"{name}.{part}" for name, layer in layers.items() for part, _ in dense_weights(layer)
+        )
         if self.pre_quantized and not self._reads_bitsandbytes:
             options = {"block_size": config.block_size, "double_quant": config.double_quant}
 
-            def convert(old: nn.Module) -> LinearNF4:
-                n, k = dense_weight(old).shape
-                bias, dtype = old.bias is not None, old.weight.dtype
-                layer = LinearNF4(k, n, bias, "meta", dtype, **options)  # type: ignore[arg-type]
-                return layer.train(old.training)
+            def empty(weight: Tensor, bias: bool = False) -> LinearNF4:
+                n, k = weight.shape
+                return LinearNF4(k, n, bias, "meta", weight.dtype, **options)  # type: ignore[arg-type]
+
+            def convert(old: nn.Module) -> nn.Module:
+                if is_experts(old):
+                    return ExpertsNF4(old, empty)
+                return empty(dense_weight(old), old.bias is not None).train(old.training)
 
             replace_layers(model, layers, convert)
 
@@ -268,15 +311,21 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             for parameter in layer.weight.tensors():
                 parameter.requires_grad_(False)
             layer._choose_layout()
+        # What was done to the tensors of a checkpoint is undone when it is saved; not so where they
+        # are quantized now
         conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [
-            c
-            for c in conversions
-            if not any(isinstance(op, _FromBitsandbytes) for op in getattr(c, "operations", ()))
-        ]
+        model._weight_conversions = [c for c in conversions if not self._is_ours(c)]
         if self._reads_bitsandbytes:
             self._describe(layers)
         return model
+
+    @staticmethod
+    def _is_ours(conversion: Any) -> bool:
+        if any(isinstance(op, _FromBitsandbytes) for op in getattr(conversion, "operations", ())):
+            return True
+        merges = isinstance(conversion, WeightConverter)
+        targets = "\n".join(conversion.target_patterns)
+        return merges and any(part in targets for part in PARTS)
 
     def _describe(self, layers: Any) -> None:
         """Let the config say how a checkpoint of bitsandbytes was quantized."""

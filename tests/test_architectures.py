@@ -1,0 +1,173 @@
+"""Tiny random models of many architectures: quantized, adapted, merged, loaded; README's table."""
+
+import copy
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import error
+from torch import nn
+
+import nf4
+from nf4.experts import ExpertsNF4, is_experts
+from nf4.integrations.transformers import NF4Config
+from nf4.linear import is_conv1d
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+TEXT = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 16}
+GPT = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ARCHITECTURES = {
+    "Llama": ("LlamaForCausalLM", GROUPED),
+    "Mistral": ("MistralForCausalLM", GROUPED),
+    "Qwen3": ("Qwen3ForCausalLM", GROUPED),
+    "Gemma": ("GemmaForCausalLM", GROUPED),
+    "GPT-2": ("GPT2LMHeadModel", {**GPT, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", TEXT),
+    "GPT-J": ("GPTJForCausalLM", {**GPT, "rotary_dim": 8}),
+    "BERT": ("BertForMaskedLM", {**TEXT, **NO_DROPOUT}),
+    "RoBERTa": ("RobertaForMaskedLM", {**TEXT, **NO_DROPOUT, "pad_token_id": 0}),
+    "DeBERTa-v2": ("DebertaV2ForMaskedLM", {**TEXT, **NO_DROPOUT}),
+    "ALBERT": ("AlbertForMaskedLM", {**TEXT, "embedding_size": 32}),
+    "T5": (
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": 96,
+            "d_model": 64,
+            "d_kv": 16,
+            "d_ff": 96,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "ViT": (
+        "ViTForImageClassification",
+        {**{k: v for k, v in TEXT.items() if k.startswith(("hidden", "num", "inter"))}}
+        | {"image_size": 16, "patch_size": 8, "num_labels": 5},
+    ),
+    "Mixtral": ("MixtralForCausalLM", {**GROUPED, "num_local_experts": 4}),
+    "Qwen3-MoE": (
+        "Qwen3MoeForCausalLM",
+        {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+}
+KINDS = {"Linear": "nn.Linear", "Conv1D": "Conv1D", "experts": "experts"}
+
+
+def make(name: str) -> nn.Module:
+    kind, sizes = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    return cls(cls.config_class(**sizes)).eval()
+
+
+def inputs(name: str) -> dict[str, torch.Tensor]:
+    if name == "ViT":
+        return {
+            "pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().view(2, 3, 16, 16),
+            "labels": torch.tensor([1, 2]),
+        }
+    tokens = 3 + torch.arange(24).view(2, 12)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def kinds_of(model: nn.Module) -> Counter[str]:
+    """Count the layers that hold a dense weight, by kind."""
+    found: Counter[str] = Counter()
+    for module in model.modules():
+        if is_experts(module):
+            found["experts"] += 1
+        elif is_conv1d(module):
+            found["Conv1D"] += 1
+        elif isinstance(module, nn.Linear):
+            found["Linear"] += 1
+    return found
+
+
+def logits(model: nn.Module, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs(name)).logits
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architecture(name, tmp_path) -> None:
+    dense = make(name)
+    before = kinds_of(dense)
+    dense.save_pretrained(tmp_path / "dense")
+    loaded = (
+        type(dense)
+        .from_pretrained(tmp_path / "dense", dtype=torch.float32, quantization_config=NF4Config())
+        .eval()
+    )
+    skipped = loaded.config.quantization_config.skip_modules
+    model = nf4.quantize_model(copy.deepcopy(dense), skip_modules=skipped)
+    left = kinds_of(model)
+    quantized = before - left
+    assert quantized and not left["Conv1D"] and not left["experts"]
+    # On load, and afterwards, the same; and the same again from a file
+    state = model.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    loaded.save_pretrained(tmp_path / "saved")
+    again = type(dense).from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert torch.equal(logits(again, name), logits(loaded, name))
+    dense_left = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    # The error is that of the weights alone
+    ours = logits(model, name)
+    merged = nf4.merge(copy.deepcopy(model))
+    assert kinds_of(merged).total() == before.total()
+    assert error(ours, logits(merged, name)) < 1e-5
+    assert error(ours, logits(dense, name)) < 0.5
+    # An adapter on every quantized layer, experts too
+    nf4.add_lora(model, r=2)
+    model.train()
+    model(**inputs(name)).loss.backward()
+    adapters = [m for m in model.modules() if isinstance(m, nf4.QLoRALinear)]
+    experts = sum(m.num_experts for m in model.modules() if isinstance(m, ExpertsNF4))
+    assert len(adapters) == quantized["Linear"] + quantized["Conv1D"] + 2 * experts
+    assert all(m.lora_B.grad is not None and m.lora_B.grad.isfinite().all() for m in adapters)
+    parts = [f"{count} {KINDS[kind]}" for kind, count in quantized.items()]
+    names = {".".join(n.split(".")[-2:]) for n in dense_left}
+    cells = (name, f"`{type(dense).__name__}`", " and ".join(parts), ", ".join(sorted(names)))
+    row = "| " + " | ".join(cells) + " |"
+    assert row in README.splitlines(), f"README.md: expected the row {row}"
+
+
+def test_experts_of_other_forms_are_left() -> None:
+    experts = make("Mixtral").model.layers[0].mlp.experts
+    assert is_experts(experts)
+    for name in ("has_bias", "is_transposed", "has_post_expert_norm"):
+        other = copy.copy(experts)
+        setattr(other, name, True)
+        assert not is_experts(other)
+    other = copy.copy(experts)
+    other.is_concatenated = False
+    assert not is_experts(other)
+
+
+def test_experts_that_are_not_finite_are_named() -> None:
+    model = make("Qwen3-MoE")
+    model.model.layers[1].mlp.experts.down_proj.data[2, 3, 4] = torch.inf
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj: expected finite values"):
+        nf4.quantize_model(model)
+    assert kinds_of(model)["experts"] == 2, "unchanged"
+
+
+def test_model_error_of_experts_has_a_row_a_weight() -> None:
+    rows = {row.name: row for row in nf4.model_error(make("Mixtral"))}
+    row = rows["model.layers.0.mlp.experts.gate_up_proj"]
+    assert row.shape == (4, 192, 64) and row.kind == "gate_up_proj"
+    assert 0.05 < row.error.relative < 0.15
