@@ -104,9 +104,20 @@ def ranked(op: str, m: int, n: int, k: int, device: torch.device) -> list[Matmul
     if op == "matmul_small":
         m = SMALL_M
     model = device_of(device)
-    splits = [s for s in SPLITS if s == 1 or k // 64 >= s * MIN_STEPS]
+    splits = _splits(k, device)
     cuts = [replace(config, split_k=s) for config in _tiles(op, device) for s in splits]
     return sorted(cuts, key=lambda config: seconds(config, model, m, n, k))
+
+
+def _splits(k: int, device: torch.device) -> list[int]:
+    """Return in how many parts K can be cut on a device.
+
+    One on AMD: there a barrier does not wait for what other waves have stored, so that the last
+    program of `add_parts` might read sums that are not there yet.
+    """
+    if device.type == "cuda" and torch.version.hip:
+        return [1]
+    return [s for s in SPLITS if s == 1 or k // 64 >= s * MIN_STEPS]
 
 
 def _best(op: str, m: int, n: int, k: int, device: torch.device) -> MatmulConfig:
@@ -144,9 +155,11 @@ def lora_down_config(m: int, k: int, rank: int, device: torch.device) -> MatmulC
     """Return how `lora_down` cuts x ``[m, k]``: two programs a multiprocessor, if it can."""
     block_m = 16 if m <= SMALL_M else 64
     tiles = -(-m // block_m)
-    enough = [s for s in SPLITS if s == 1 or k // 64 >= s * MIN_STEPS]
+    enough = _splits(k, device)
     split = next((s for s in enough if tiles * s >= 2 * device_of(device).sms), enough[-1])
     warps, stages = lora_down_warps(rank)
+    if device.type == "cuda" and torch.version.hip:
+        stages = 2  # what 64 KB of shared memory hold of x and A
     return MatmulConfig(block_m, padded_rank(rank), warps, stages, 0, split)
 
 

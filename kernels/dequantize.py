@@ -80,6 +80,8 @@ def dequantize(
     if out is not None and not out.is_contiguous():
         parts = (packed, absmax, absmax2, offset)
         return out.copy_(dequantize(*parts, shape, block_size, dtype, layout))
+    packed, absmax = packed.contiguous(), absmax.contiguous()
+    absmax2 = None if absmax2 is None else absmax2.contiguous()
     n = math.prod(shape)
     if out is None:
         out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)

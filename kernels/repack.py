@@ -23,8 +23,8 @@ def _repack_kernel(
     TO_FRAGMENTS: tl.constexpr,
     TILES: tl.constexpr,  # tiles of 64 columns a program
 ):
-    first_tile = tl.program_id(0) * TILES
-    first_row = tl.program_id(1).to(tl.int64) * 16
+    first_tile = tl.program_id(1) * TILES
+    first_row = tl.program_id(0).to(tl.int64) * 16
     i = tl.arange(0, TILES * 512)
     # Byte i in fragments: tile, g, t, r, h, b, from the high end; b is the place in the word.
     tile, g, t, r, h, b = i // 512, i // 64 % 8, i // 16 % 4, i // 8 % 2, i // 4 % 2, i % 4
@@ -48,7 +48,7 @@ def repack(
     blocks = absmax.numel() // rows
     scales = absmax.view(rows, blocks) if to_fragments else absmax.view(blocks, rows)
     out = torch.empty_like(packed, memory_format=torch.contiguous_format)
-    _repack_kernel[(-(-columns // TILE_COLUMNS), rows // 16)](
+    _repack_kernel[(rows // 16, -(-columns // TILE_COLUMNS))](
         packed.contiguous(),
         out,
         columns // 2,

@@ -172,11 +172,7 @@ class LinearNF4(nn.Module):
 
     def _set_weight(self, q: NF4Tensor) -> None:
         self.block_size, self.double_quant, self.dtype = q.block_size, q.double_quant, q.dtype
-        self.layout = q.layout
-        for name in _FROZEN:
-            tensor = getattr(q, name)
-            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-            self.register_parameter(name, parameter)
+        self._hold(q)
         self._choose_layout()
 
     def _choose_layout(self) -> None:
@@ -202,22 +198,36 @@ class LinearNF4(nn.Module):
         return self._hold(to_rows(self.weight))
 
     def _hold(self, q: NF4Tensor) -> Self:
-        self.packed.data, self.absmax.data, self.layout = q.packed, q.absmax, q.layout
+        """Hold a weight by new parameters: what autograd has saved of the old ones stays."""
+        for name, tensor in zip(_FROZEN, q.parts(), strict=True):
+            if tensor is not None and name == "packed" and q.layout == "fragments":
+                tensor = tensor.detach().view(torch.int32)
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, parameter)
         return self
+
+    @property
+    def layout(self) -> str:
+        """Order of ``packed`` and ``absmax`` in memory: "rows", or "fragments" if packed is int32.
+
+        The bytes are the same either way; the dtype lets the tensor itself say what it holds.
+        """
+        return "fragments" if self.packed.dtype == torch.int32 else "rows"
 
     @property
     def weight(self) -> NF4Tensor:
         """The quantized weight ``[out_features, in_features]``, sharing this layer's tensors."""
         shape = torch.Size((self.out_features, self.in_features))
+        packed, layout = self.packed, self.layout
         return NF4Tensor(
-            self.packed,
+            packed if layout == "rows" else packed.detach().view(torch.uint8),
             self.absmax,
             shape,
             self.dtype,
             self.block_size,
             self.absmax2,
             self.offset,
-            self.layout,
+            layout,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -281,11 +291,12 @@ class LinearNF4(nn.Module):
             except ValueError as error:
                 errors.append(str(error))
                 return
-        for name in _FROZEN:
-            new, old = state_dict.get(prefix + name), getattr(self, name)
+        held = self.weight
+        for name, old in zip(_FROZEN, held.parts(), strict=True):
+            new = state_dict.get(prefix + name)
             if new is not None and old is None:
                 errors.append(f"{prefix}{name}: expected none (double_quant=False), got one")
-            elif not isinstance(new, Tensor):
+            elif old is None or not isinstance(new, Tensor):
                 continue  # missing, or refused by torch
             elif (new.dtype, new.shape) != (old.dtype, old.shape):
                 errors.append(
@@ -295,10 +306,13 @@ class LinearNF4(nn.Module):
                 )
         if len(errors) != found:
             return
-        layout, self.layout = self.layout, "rows"
+        if held.layout != "rows" and any(prefix + n in state_dict for n in ("packed", "absmax")):
+            self.to_rows()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if layout != "rows" and not self.packed.is_meta:
-            self._restore_layout(state_dict, prefix, layout)
+        if held.layout != "rows":
+            self.to_fragments()
+        else:
+            self._choose_layout()
 
     def _take_bitsandbytes(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
@@ -319,15 +333,6 @@ class LinearNF4(nn.Module):
         for name, tensor in zip(_FROZEN, q.parts(), strict=True):
             if tensor is not None:
                 state_dict[prefix + name] = tensor
-
-    def _restore_layout(self, state_dict: dict[str, Any], prefix: str, layout: str) -> None:
-        """Repack what was just loaded in rows; what was not loaded is in fragments still."""
-        q = self.weight
-        packed, absmax = (prefix + name in state_dict for name in ("packed", "absmax"))
-        repacked = to_fragments(q)
-        self.packed.data = repacked.packed if packed else self.packed.data
-        self.absmax.data = repacked.absmax if absmax else self.absmax.data
-        self.layout = layout
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""

@@ -77,7 +77,13 @@ _KERNELS = (
 _FASTER = {
     "cuda": _KERNELS,  # ROCm calls itself cuda too
     "xpu": _KERNELS[:1],
-    "cpu": (("nf4.cpu", "numba", ("dequantize", "linear", "lora_linear")),),
+    "cpu": (
+        (
+            "nf4.cpu",
+            "numba",
+            ("quantize", "quantize_absmax", "dequantize", "linear", "lora_linear"),
+        ),
+    ),
 }
 
 

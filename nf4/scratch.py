@@ -1,8 +1,7 @@
-"""Scratch memory of the kernels: one buffer a purpose, device, stream and thread, grown on demand.
+"""Scratch memory of the kernels: one buffer a purpose, device and thread, grown on demand.
 
-What runs on one stream from one thread runs in order, so that a buffer can be used again at once.
-While a CUDA graph is captured every call gets memory of its own from the graph's pool, for a graph
-may be replayed on any stream.
+What one thread runs on a device's default stream runs in order, so that a buffer can be used again
+at once. On other streams, and while a CUDA graph is captured, every call gets memory of its own.
 """
 
 import threading
@@ -10,7 +9,7 @@ import threading
 import torch
 from torch import Tensor
 
-_buffers: dict[tuple[str, torch.device, int, int], Tensor] = {}
+_buffers: dict[tuple[str, torch.device, int], Tensor] = {}
 
 
 def scratch(purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -37,12 +36,13 @@ def release_scratch() -> None:
 
 def _get(purpose: str, size: int, dtype: torch.dtype, device: torch.device, zeroed: bool) -> Tensor:
     make = torch.zeros if zeroed else torch.empty
-    stream = 0
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
+        current = torch.cuda.current_stream(device)
+        # Other streams come and go, and torch.compile warms CUDA graphs up on one of its own, from
+        # memory that it wants back. The allocator keeps their memory for the next call anyway.
+        if current != torch.cuda.default_stream(device) or torch.cuda.is_current_stream_capturing():
             return make(size, dtype=dtype, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    key = (purpose, device, stream, threading.get_ident())
+    key = (purpose, device, threading.get_ident())
     buffer = _buffers.get(key)
     if buffer is None or buffer.numel() < size:
         # Rounded up, so that a few layers of growing sizes do not take a new one each.

@@ -92,6 +92,24 @@ def test_layer_in_fragments_is_copied_pickled_and_cast() -> None:
     assert torch.equal(fragments.packed, rows.packed)
 
 
+def test_layer_in_fragments_runs_on_the_tensors_of_its_state_dict() -> None:
+    rows, fragments = layers()
+    x = torch.randn(3, 128)
+    y = torch.func.functional_call(fragments, fragments.state_dict(), (x,))
+    assert torch.equal(y, rows(x))
+
+
+def test_layout_may_change_between_forward_and_backward() -> None:
+    gradients = []
+    for layer in layers():
+        x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = layer(x)
+        layer.to_rows() if layer.layout == "fragments" else layer.to_fragments()
+        y.sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
 def test_layer_that_does_not_fit_fragments_says_so() -> None:
     layer = nf4.LinearNF4(96, 40)
     with pytest.raises(ValueError, match="expected a matrix .* for fragments"):

@@ -92,6 +92,29 @@ def test_gpu_fp16_overflows_no_earlier_than_torch_s(kernel, gpu, monkeypatch) ->
     assert torch.isfinite(unfused).all() and torch.isfinite(y).all()
 
 
+def test_gpu_gradients_have_the_strides_that_fake_tensors_promise(gpu) -> None:
+    q = nf4.to_fragments(nf4.quantize(torch.randn(32, 128)))
+    x, dy = torch.randn(20, 128).bfloat16(), torch.randn(20, 32).bfloat16()
+    a, b, t = torch.randn(4, 128), torch.randn(32, 4), torch.randn(20, 4).bfloat16()
+    args = (dy, x, t, *q.parts(), a, b, 2.0, 0.0, None, 64, [True] * 4, "fragments")
+    real = operators._lora_linear_backward(*args)
+    fake = operators._lora_linear_backward_fake(*args)
+    assert [g.stride() for g in real] == [g.stride() for g in fake]
+
+
+def test_gpu_reads_strided_bias_and_weight(gpu) -> None:
+    q = nf4.quantize(torch.randn(32, 128))
+    wide = torch.stack([q.packed, q.packed + 1], dim=-1)
+    strided = q.with_parts((wide[..., 0], *q.parts()[1:]))
+    x, bias = torch.randn(40, 128).bfloat16(), torch.randn(1).expand(32)
+    a, b = torch.randn(4, 128), torch.randn(32, 4)
+    for held in (nf4.to_fragments(q), q):
+        expected = nf4.lora_linear(x, held, a, b, 1.0, bias.contiguous())
+        assert torch.equal(nf4.lora_linear(x, held, a, b, 1.0, bias), expected)
+    assert torch.equal(nf4.linear(x, strided, bias), nf4.linear(x, q, bias))
+    assert torch.equal(nf4.dequantize(strided), nf4.dequantize(q))
+
+
 @pytest.mark.parametrize("scaling", [0.0, 1e-40, 1e-30, 1e30])
 def test_gpu_scaling_of_any_size(scaling, gpu) -> None:
     q = nf4.to_fragments(nf4.quantize(torch.randn(32, 128)))

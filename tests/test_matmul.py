@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import error, make_product, on_gpus
 
+import nf4.cost
 from nf4.reference import matmul as reference
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -169,3 +170,14 @@ def test_matmul_ptx_without_a_wait_is_noticed(wait, emulate, monkeypatch) -> Non
     emulate.edit = edit
     assert is_noticed(check, [(kernel, make_product(64, 64, 512))])
     assert changed == [True]
+
+
+def test_amd_takes_whole_sums(monkeypatch) -> None:
+    from nf4.kernels import _configs
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(_configs, "device_of", lambda device: nf4.cost.DEVICES[-1])
+    assert {c.split_k for c in _configs.ranked("matmul", 16, 4096, 4096, gpu)} == {1}
+    config = _configs.lora_down_config.__wrapped__(16, 4096, 64, gpu)
+    assert (config.split_k, config.num_stages) == (1, 2)

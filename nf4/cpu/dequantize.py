@@ -26,7 +26,7 @@ compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled
-def _scale(scales, b):  # type: ignore[no-untyped-def]
+def scale_of(scales, b):  # type: ignore[no-untyped-def]
     """Return the scale of block b: absmax, or where that is empty what its code stands for."""
     absmax, codes, absmax2, offset, scale_map = scales
     if len(absmax):
@@ -44,12 +44,18 @@ def _to_bf16(bits):  # type: ignore[no-untyped-def]
     return np.uint16((bits + half) >> np.uint32(16))
 
 
+@compiled
+def _absmax_loop(scales, out, begin, end):  # type: ignore[no-untyped-def]
+    for b in range(begin, end):
+        out[b] = scale_of(scales, b)
+
+
 # The loops write blocks begin to end; out[0] is the first element of block `first`, and what lies
 # beyond out, of an even size, is left off. Slices spare the loops inside checks for indices < 0.
 @compiled
 def _to_fp32_loop(packed, levels, scales, block_size, first, out, begin, end):  # type: ignore[no-untyped-def]
     for b in range(begin, end):
-        scale = _scale(scales, b)
+        scale = scale_of(scales, b)
         bytes_ = packed[b * block_size // 2 :]
         block = out[(b - first) * block_size : (b - first + 1) * block_size]
         for i in range(len(block) // 2):
@@ -63,7 +69,7 @@ def _to_bf16_loop(packed, levels, scales, block_size, first, out, begin, end):  
     exact = np.empty(block_size, np.float32)
     bits = exact.view(np.uint32)
     for b in range(begin, end):
-        scale = _scale(scales, b)
+        scale = scale_of(scales, b)
         bytes_ = packed[b * block_size // 2 :]
         block = out[(b - first) * block_size : (b - first + 1) * block_size]
         for i in range(len(block) // 2):
@@ -116,6 +122,21 @@ def as_weight(
     )
 
 
+def scales_of(weight: Weight) -> tuple[Any, ...]:
+    """Return what `scale_of` reads."""
+    scale_map = _array(absmax_map(torch.device("cpu")))
+    return weight.absmax, weight.codes, weight.absmax2, weight.offset, scale_map
+
+
+def decoded_absmax(weight: Weight) -> Any:
+    """Return the fp32 scale of each block."""
+    if len(weight.absmax):
+        return weight.absmax
+    out = np.empty(len(weight.codes), np.float32)
+    spread(_absmax_loop, range(len(out)), GRAIN // 64, scales_of(weight), out)
+    return out
+
+
 def dequantize_blocks(weight: Weight, first: int, out: Tensor) -> None:
     """Fill out with elements of a weight, from the first of block `first` on.
 
@@ -127,14 +148,13 @@ def dequantize_blocks(weight: Weight, first: int, out: Tensor) -> None:
     cpu = torch.device("cpu")
     block_size = weight.block_size
     as_bf16 = out.dtype == torch.bfloat16
-    scales = (weight.absmax, weight.codes, weight.absmax2, weight.offset, _array(absmax_map(cpu)))
     spread(
         _to_bf16_loop if as_bf16 else _to_fp32_loop,
         range(first, first - (-out.numel() // block_size)),
         GRAIN // block_size,
         weight.packed,
         _array(nf4_levels(cpu)),
-        scales,
+        scales_of(weight),
         block_size,
         first,
         (out.view(torch.uint16) if as_bf16 else out).numpy(),

@@ -1,6 +1,7 @@
 """Multiply by a quantized weight, a slab of its rows at a time: y = x @ W.T + bias, dx = dy @ W.
 
-A slab of W is dequantized into a buffer of 4 MB, multiplied, and overwritten by the next, so that W
+A few rows of x are multiplied in one pass over the bytes of W, see nf4/cpu/few_rows.py. For more,
+a slab of W is dequantized into a buffer of 4 MB, multiplied, and overwritten by the next, so that W
 is never whole in memory. Rounding as in nf4/reference/linear.py; sums of dx are taken slab by slab.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nf4.cpu import few_rows
 from nf4.cpu.dequantize import as_weight, dequantize_blocks
 from nf4.reference.linear import accumulator
 
@@ -43,6 +45,13 @@ def _slabs(
         yield slice(begin, begin + count), slab
 
 
+def _is_few(x: Tensor, block_size: int) -> bool:
+    m, k = x.shape
+    if x.dtype == torch.float64 or k == 0 or k % block_size:
+        return False
+    return 1 <= m <= few_rows.MOST_ROWS
+
+
 def product(
     x: Tensor,
     packed: Tensor,
@@ -55,6 +64,9 @@ def product(
 ) -> Tensor:
     """Return x @ W.T for x ``[M, K]``, fp32 (fp64 for fp64) and not yet rounded."""
     shape = (out_features, x.shape[1])
+    if _is_few(x, block_size):
+        weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
+        return few_rows.product(x, weight, out_features)
     wide = x.to(accumulator(x.dtype))
     y = wide.new_empty(x.shape[0], out_features)
     for rows, w in _slabs(packed, absmax, absmax2, offset, shape, block_size, layout, x.dtype):

@@ -20,6 +20,14 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
+def contiguous(
+    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return the parts of a weight as kernels read them; what is contiguous is not copied."""
+    absmax2 = None if absmax2 is None else absmax2.contiguous()
+    return packed.contiguous(), absmax.contiguous(), absmax2, offset
+
+
 def dense_scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return scratch memory for a dense weight, good until the next call that wants some."""
     size = math.prod(shape)
@@ -55,7 +63,8 @@ def linear(
 ) -> Tensor:
     """Return x @ W.T + bias; arguments as in nf4/reference/linear.py."""
     rows, n = as_rows(x), out_features
-    weight = (packed, absmax, absmax2, offset)
+    weight = contiguous(packed, absmax, absmax2, offset)
+    bias = None if bias is None else bias.contiguous()
     kernel = plan(*rows.shape[:1], n, rows.shape[1], x.dtype, layout, block_size, x.device).kernel
     if kernel in KERNELS:
         y: Tensor = KERNELS[kernel](rows, *weight, bias, None, None, 1.0, n, block_size)
@@ -77,5 +86,6 @@ def linear_backward(
 ) -> Tensor:
     """Return dy @ W; arguments as in nf4/reference/linear.py."""
     shape = (dy.shape[-1], in_features)
-    w = dense_weight(packed, absmax, absmax2, offset, shape, block_size, layout, dy.dtype)
+    weight = contiguous(packed, absmax, absmax2, offset)
+    w = dense_weight(*weight, shape, block_size, layout, dy.dtype)
     return (as_rows(dy) @ w).view(*dy.shape[:-1], in_features)

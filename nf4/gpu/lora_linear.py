@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
-from nf4.gpu.linear import KERNELS, dense_scratch, dense_weight
+from nf4.gpu.linear import KERNELS, contiguous, dense_scratch, dense_weight
 from nf4.gpu.plan import has_matrix_kernels, plan
 from nf4.kernels.dequantize_merge import dequantize_merge
 from nf4.kernels.lora_down import lora_down
@@ -55,7 +55,8 @@ def lora_linear(
     """Return y and t; arguments as in nf4/reference/lora_linear.py."""
     x = x.contiguous()
     (m, k), (n, r) = x.shape, lora_B.shape
-    weight = (packed, absmax, absmax2, offset)
+    weight = contiguous(packed, absmax, absmax2, offset)
+    bias = None if bias is None else bias.contiguous()
     if not _fits(x, n, k, r, seed):
         acc = accumulator(x.dtype)
         w = dense_weight(*weight, (n, k), block_size, layout, x.dtype)
@@ -95,7 +96,7 @@ def lora_linear_backward(
     """Return the gradients of x, bias, lora_A and lora_B; as in nf4/reference/lora_linear.py."""
     dy = dy.contiguous()
     (n, r), k = lora_B.shape, lora_A.shape[1]
-    weight = (packed, absmax, absmax2, offset)
+    weight = contiguous(packed, absmax, absmax2, offset)
     if not _fits(dy, n, k, r, seed):
         dx = None
         if needs[0]:
@@ -114,7 +115,7 @@ def lora_linear_backward(
     if need_u and u is None:
         u = (dy @ lora_B.to(dy.dtype)).mul_(scaling)
     if x is not None and u is not None:
-        dA = _pass_with_dropout(x.contiguous(), u, dropout_p, seed).T
+        dA = _strips(x.contiguous(), u, 1.0, dropout_p, seed).T.contiguous()
     dx = None
     if needs[0] and merges:
         w = dense_scratch((n, k), dy.dtype, dy.device)
@@ -132,14 +133,14 @@ def _pass(
     if t.shape[1] <= max_rank(dy.device):
         dB, u, sums = lora_grad(dy, t, lora_B, scaling, need_sums, 0.0, None)
         return dB, u, sums
-    dB = (dy.T @ t).float().mul_(scaling)
+    dB = _strips(dy, t, scaling, 0.0, None)
     u = None if lora_B is None else (dy @ lora_B.to(dy.dtype)).mul_(scaling)
     return dB, u, dy.sum(dim=0, dtype=torch.float32) if need_sums else None
 
 
-def _pass_with_dropout(x: Tensor, u: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """Return drop(x).T @ u / (1 - p): one pass over x, in strips of the rank."""
-    step = max_rank(x.device)
-    strips = [u[:, i : i + step].contiguous() for i in range(0, u.shape[1], step)]
-    parts = [lora_grad(x, part, None, 1.0, False, dropout_p, seed)[0] for part in strips]
+def _strips(z: Tensor, v: Tensor, scaling: float, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """Return scaling * drop(z).T @ v / (1 - p) in fp32, a pass over z for each strip of v."""
+    step = max_rank(z.device)
+    strips = [v[:, i : i + step].contiguous() for i in range(0, v.shape[1], step)]
+    parts = [lora_grad(z, part, None, scaling, False, dropout_p, seed)[0] for part in strips]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -1,0 +1,68 @@
+"""Double quantization of the scales in one pass, after their mean.
+
+Equal to nf4/reference/quantize_absmax.py in every bit.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nf4.codebook import ABSMAX_BLOCK_SIZE, SMALLEST_ABSMAX, absmax_thresholds
+from nf4.cpu._threads import spread
+from nf4.cpu.dequantize import compiled
+
+GRAIN = 64  # parts of 256 scales worth a thread of their own
+
+
+@compiled
+def _loop(absmax, offset, thresholds, codes, absmax2, begin, end):  # type: ignore[no-untyped-def]
+    d = np.empty(ABSMAX_BLOCK_SIZE, np.float32)
+    for part in range(begin, end):
+        scales = absmax[part * ABSMAX_BLOCK_SIZE : (part + 1) * ABSMAX_BLOCK_SIZE]
+        largest = np.float32(0)
+        for i in range(len(scales)):
+            d[i] = scales[i] - offset
+            if not abs(d[i]) <= largest:  # a NaN stays
+                largest = abs(d[i])
+                if np.isnan(largest):
+                    break
+        if largest < np.float32(SMALLEST_ABSMAX):
+            largest = np.float32(0)
+        absmax2[part] = largest
+        scale = np.float32(0)
+        if largest != np.float32(0):
+            scale = np.float32(1) / largest
+        for i in range(len(scales)):
+            value = (scales[i] - offset) * scale
+            low, high = 0, len(thresholds)
+            while low < high:
+                middle = (low + high) // 2
+                if thresholds[middle] >= value:
+                    high = middle
+                else:
+                    low = middle + 1
+            codes[part * ABSMAX_BLOCK_SIZE + i] = low
+
+
+def quantize_absmax(
+    absmax: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize the scales; arguments and results as in nf4/reference/quantize_absmax.py."""
+    absmax = absmax.detach().contiguous()
+    blocks = absmax.numel()
+    offset = absmax.double().sum().div(max(blocks, 1)).float()
+    codes = torch.empty(blocks, dtype=torch.uint8)
+    absmax2 = torch.empty(-(-blocks // ABSMAX_BLOCK_SIZE), dtype=torch.float32)
+    spread(
+        _loop,
+        range(len(absmax2)),
+        GRAIN,
+        absmax.numpy(),
+        np.float32(offset.item()),
+        absmax_thresholds(torch.device("cpu")).numpy(),
+        codes.numpy(),
+        absmax2.numpy(),
+    )
+    if out is None:
+        return codes, absmax2, offset
+    return out[0].copy_(codes), out[1].copy_(absmax2), out[2].copy_(offset)
