@@ -24,7 +24,7 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
     for shape, dtype, labels in options.weights():
         w = torch.randn(shape, dtype=dtype, device=cases.DEVICE)
         q = nf4.quantize(w)
-        parts = (q.packed, q.absmax, q.absmax2, q.offset)
+        parts = q.parts()
         expected = reference.dequantize(*parts, shape, q.block_size, dtype)
         cases.check_equal(nf4.dequantize(q), expected, "dequantize")
         moved = q.nbytes + w.nbytes

@@ -23,7 +23,7 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
         q = nf4.to_fragments(nf4.quantize(w))
         for r in options.ranks:
             a, b = (torch.randn(s, device=cases.DEVICE) / 8 for s in ((r, k), (n, r)))
-            parts = (q.packed, q.absmax, q.absmax2, q.offset, a, b, 2.0, q.block_size, dtype)
+            parts = (*q.parts(), a, b, 2.0, q.block_size, dtype)
 
             def unfused(q=q, a=a, b=b, dtype=dtype) -> torch.Tensor:
                 w = nf4.dequantize(q, dtype)

@@ -19,15 +19,10 @@ import torch
 from torch import Tensor
 
 from nf4.cost import device_of
+from nf4.shapes import MODELS, parse_shape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
-# W ``[N, K]`` of each distinct linear layer
-MODELS = {
-    "llama-3-8b": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
-    "llama-3-70b": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
-    "qwen3-32b": [(8192, 5120), (1024, 5120), (5120, 8192), (25600, 5120), (5120, 25600)],
-}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # For the titles of benchmarks of a kernel alone, see `kernel`
 STAND_IN = "" if GPU else " (no GPU: the reference in the kernel's place)"
@@ -158,10 +153,9 @@ def _parse(title: str, defaults: Options) -> Options:
 
 def _shape(text: str) -> tuple[int, int]:
     try:
-        n, k = map(int, text.replace("×", "x").split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected NxK such as 4096x4096, got {text}") from None
-    return n, k
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _circumstances() -> dict[str, Any]:

@@ -72,7 +72,7 @@ def dequantizers(w: Tensor) -> dict[str, Callable[[], Tensor]]:
         found["torchao"] = tensor.get_original_weight
     if GPU:
         q = nf4.quantize(w)
-        parts = (q.packed, q.absmax, q.absmax2, q.offset, tuple(q.shape), q.block_size, w.dtype)
+        parts = (*q.parts(), tuple(q.shape), q.block_size, w.dtype)
         compiled = torch.compile(dequantize_reference.dequantize)
         found["torch.compile of the reference"] = lambda: compiled(*parts)
     return found
@@ -90,7 +90,7 @@ def layers(w: Tensor, q: nf4.NF4Tensor) -> dict[str, Layer]:
         tensor = ao.from_tensor(w, 64, 256)
         found["torchao"] = lambda x: nn.functional.linear(x, tensor)
     if GPU:
-        parts = (q.packed, q.absmax, q.absmax2, q.offset, tuple(q.shape), q.block_size, w.dtype)
+        parts = (*q.parts(), tuple(q.shape), q.block_size, w.dtype)
         compiled = torch.compile(lambda x: x @ dequantize_reference.dequantize(*parts).T)
         found["torch.compile of the reference"] = compiled
     return found
@@ -165,7 +165,7 @@ def qlora_layers(
     if bnb and _has("peft"):
         found["bitsandbytes + PEFT"] = _peft(bnb, w, *adapter)
     if GPU:
-        parts = (q.packed, q.absmax, q.absmax2, q.offset, tuple(q.shape), q.block_size, w.dtype)
+        parts = (*q.parts(), tuple(q.shape), q.block_size, w.dtype)
 
         def base(x: Tensor) -> Tensor:
             return nn.functional.linear(x, dequantize_reference.dequantize(*parts))

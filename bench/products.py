@@ -51,7 +51,7 @@ def kernel_alone(op: str) -> Callable[[Tensor, nf4.NF4Tensor], dict[str, cases.m
         if q.layout != "fragments":
             return {}
         n = q.shape[0]
-        weight = (q.packed, q.absmax, q.absmax2, q.offset)
+        weight = q.parts()
         run = cases.kernel(op)
         return {op: lambda: run(x, *weight, None, None, None, 1.0, n, q.block_size)}
 

@@ -77,6 +77,11 @@ MIN_STEPS = 8  # tiles of 64 columns that a program should have at least
 _EFFICIENCY, _ALONE, _CACHE = 0.85, 1.3, 2.5
 
 
+def is_amd(device: torch.device) -> bool:
+    """Return whether a device is a GPU of AMD, which PyTorch calls cuda too."""
+    return device.type == "cuda" and torch.version.hip is not None
+
+
 def padded_rank(rank: int) -> int:
     """Return 0, or the power of two from 16 on that a matrix product takes for a rank."""
     return max(16, 1 << (rank - 1).bit_length()) if rank else 0
@@ -115,7 +120,7 @@ def _splits(k: int, device: torch.device) -> list[int]:
     One on AMD: there a barrier does not wait for what other waves have stored, so that the last
     program of `add_parts` might read sums that are not there yet.
     """
-    if device.type == "cuda" and torch.version.hip:
+    if is_amd(device):
         return [1]
     return [s for s in SPLITS if s == 1 or k // 64 >= s * MIN_STEPS]
 
@@ -143,7 +148,7 @@ def matmul_small_config(n: int, k: int, device: torch.device) -> MatmulConfig:
 def _tiles(op: str, device: torch.device) -> tuple[MatmulConfig, ...]:
     if op == "matmul_small":
         return MATMUL_SMALL
-    if device.type == "cuda" and torch.version.hip:
+    if is_amd(device):
         return MATMUL_MFMA
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
         return MATMUL_MMA
@@ -158,7 +163,7 @@ def lora_down_config(m: int, k: int, rank: int, device: torch.device) -> MatmulC
     enough = _splits(k, device)
     split = next((s for s in enough if tiles * s >= 2 * device_of(device).sms), enough[-1])
     warps, stages = lora_down_warps(rank)
-    if device.type == "cuda" and torch.version.hip:
+    if is_amd(device):
         stages = 2  # what 64 KB of shared memory hold of x and A
     return MatmulConfig(block_m, padded_rank(rank), warps, stages, 0, split)
 

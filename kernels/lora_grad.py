@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cost import device_of
 from ..dropout import dropout_threshold
 from ._aot import Variant
-from ._configs import MATRIX, MMA, WGMMA, padded_rank
+from ._configs import MATRIX, MMA, WGMMA, is_amd, padded_rank
 from ._dropout import keep
 
 BLOCK_M = 64
@@ -130,7 +130,7 @@ def lora_grad(
 
 def max_rank(device: torch.device) -> int:
     """Return the largest rank that fits the registers of a device."""
-    return 32 if device.type == "cuda" and torch.version.hip else 64
+    return 32 if is_amd(device) else 64
 
 
 def _strip(padded_rank: int) -> tuple[int, int]:

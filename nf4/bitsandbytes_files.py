@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, BLOCK_SIZES, absmax_map, nf4_levels
-from nf4.tensor import DTYPES, NF4Tensor, check_nf4, packed_shape
+from nf4.tensor import DTYPES, PARTS, NF4Tensor, check_nf4, packed_shape
 
 _STATE = ".quant_state.bitsandbytes__"
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-_OURS = ("packed", "absmax", "absmax2", "offset")
+_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _CPU = torch.device("cpu")
 
 
@@ -108,7 +107,7 @@ def from_bitsandbytes(state_dict: Mapping[str, Any]) -> "OrderedDict[str, Any]":
     for name in weights_in(state_dict):
         q = take(left, name)
         module = _module(name)
-        left.update(zip(_named(module), (q.packed, q.absmax, q.absmax2, q.offset), strict=True))
+        left.update(zip(_named(module), q.parts(), strict=True))
         metadata[module] = describe(q)
     found = OrderedDict((key, value) for key, value in left.items() if value is not None)
     found._metadata = metadata  # type: ignore[attr-defined]
@@ -157,7 +156,7 @@ def describe(q: NF4Tensor) -> dict[str, Any]:
 
 
 def _keys(name: str) -> tuple[str, ...]:
-    return tuple(name + part for part in _PARTS)
+    return tuple(name + part for part in _SUFFIXES)
 
 
 def _module(name: str) -> str:
@@ -169,7 +168,7 @@ def _join(module: str, name: str) -> str:
 
 
 def _named(module: str) -> list[str]:
-    return [_join(module, name) for name in _OURS]
+    return [_join(module, name) for name in PARTS]
 
 
 def _is_packed(key: str) -> bool:

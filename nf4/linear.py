@@ -20,9 +20,7 @@ from nf4.functional import (
     to_fragments,
     to_rows,
 )
-from nf4.tensor import NF4Tensor, check_nf4
-
-_FROZEN = ("packed", "absmax", "absmax2", "offset")
+from nf4.tensor import PARTS, NF4Tensor, check_nf4
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -199,7 +197,7 @@ class LinearNF4(nn.Module):
 
     def _hold(self, q: NF4Tensor) -> Self:
         """Hold a weight by new parameters: what autograd has saved of the old ones stays."""
-        for name, tensor in zip(_FROZEN, q.parts(), strict=True):
+        for name, tensor in zip(PARTS, q.parts(), strict=True):
             if tensor is not None and name == "packed" and q.layout == "fragments":
                 tensor = tensor.detach().view(torch.int32)
             parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
@@ -253,7 +251,7 @@ class LinearNF4(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the weight with the module, but keep its bytes and fp32 scales as they are."""
-        frozen = {id(getattr(self, name)) for name in _FROZEN}
+        frozen = {id(getattr(self, name)) for name in PARTS}
 
         def keep_dtype(t: Tensor) -> Tensor:
             out = fn(t)
@@ -292,7 +290,7 @@ class LinearNF4(nn.Module):
                 errors.append(str(error))
                 return
         held = self.weight
-        for name, old in zip(_FROZEN, held.parts(), strict=True):
+        for name, old in zip(PARTS, held.parts(), strict=True):
             new = state_dict.get(prefix + name)
             if new is not None and old is None:
                 errors.append(f"{prefix}{name}: expected none (double_quant=False), got one")
@@ -330,7 +328,7 @@ class LinearNF4(nn.Module):
             self._set_weight(q.with_parts(parts, dtype=self.dtype))
         if metadata.get("assign_to_params_buffers", False):
             self.dtype = q.dtype
-        for name, tensor in zip(_FROZEN, q.parts(), strict=True):
+        for name, tensor in zip(PARTS, q.parts(), strict=True):
             if tensor is not None:
                 state_dict[prefix + name] = tensor
 

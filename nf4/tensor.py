@@ -11,6 +11,7 @@ from torch import Tensor
 from nf4.codebook import ABSMAX_BLOCK_SIZE, BLOCK_SIZES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PARTS = ("packed", "absmax", "absmax2", "offset")
 
 
 def packed_shape(shape: torch.Size) -> torch.Size:
@@ -78,9 +79,8 @@ class NF4Tensor:
 
     def with_parts(self, parts: Iterable[Tensor | None], **changes: Any) -> "NF4Tensor":
         """Return a tensor of the same form with other `parts`, and other fields if given."""
-        packed, absmax, absmax2, offset = parts
-        named = {"packed": packed, "absmax": absmax, "absmax2": absmax2, "offset": offset}
-        return replace(self, **named, **changes)  # type: ignore[arg-type]
+        named: dict[str, Any] = dict(zip(PARTS, parts, strict=True))
+        return replace(self, **named, **changes)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return what is held: packed, absmax and, with double quantization, absmax2, offset."""

@@ -29,7 +29,7 @@ MAX_RANK = 256
 LEAST_SCALING, GREATEST_SCALING = 2.0**-100, 2.0**100
 
 
-def _fits(x: Tensor, n: int, k: int, r: int, seed: Tensor | None) -> bool:
+def _fits(x: Tensor, k: int, r: int, seed: Tensor | None) -> bool:
     """Return whether the adapter's kernels take these sizes; dropout goes by groups of eight."""
     if x.dtype not in (torch.float16, torch.bfloat16) or not has_matrix_kernels(x.device):
         return False
@@ -57,7 +57,7 @@ def lora_linear(
     (m, k), (n, r) = x.shape, lora_B.shape
     weight = contiguous(packed, absmax, absmax2, offset)
     bias = None if bias is None else bias.contiguous()
-    if not _fits(x, n, k, r, seed):
+    if not _fits(x, k, r, seed):
         acc = accumulator(x.dtype)
         w = dense_weight(*weight, (n, k), block_size, layout, x.dtype)
         y = x.to(acc) @ w.to(acc).T
@@ -97,7 +97,7 @@ def lora_linear_backward(
     dy = dy.contiguous()
     (n, r), k = lora_B.shape, lora_A.shape[1]
     weight = contiguous(packed, absmax, absmax2, offset)
-    if not _fits(dy, n, k, r, seed):
+    if not _fits(dy, k, r, seed):
         dx = None
         if needs[0]:
             acc = accumulator(dy.dtype)
@@ -108,9 +108,12 @@ def lora_linear_backward(
     merges = layout == "fragments" and seed is None
     need_u = x is not None or (needs[0] and not merges)
     u, dbias, dA, dB = None, None, None, None
-    if t is not None:
-        dB, u, dbias = _pass(dy, t, lora_B if need_u else None, scaling, needs[1])
-    elif needs[1]:
+    if t is not None and r <= max_rank(dy.device):
+        wanted = lora_B if need_u else None
+        dB, u, dbias = lora_grad(dy, t, wanted, scaling, needs[1], 0.0, None)
+    elif t is not None:
+        dB = _strips(dy, t, scaling, 0.0, None)
+    if needs[1] and dbias is None:
         dbias = dy.sum(dim=0, dtype=torch.float32)
     if need_u and u is None:
         u = (dy @ lora_B.to(dy.dtype)).mul_(scaling)
@@ -124,18 +127,6 @@ def lora_linear_backward(
         w = dense_weight(*weight, (n, k), block_size, layout, dy.dtype)
         dx = lora_up(u, lora_A, 1.0, None, dropout_p, seed).addmm_(dy, w)
     return dx, dbias, dA, dB
-
-
-def _pass(
-    dy: Tensor, t: Tensor, lora_B: Tensor | None, scaling: float, need_sums: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return dB, u and the sums of dy: one pass over dy, unless the rank is too large for it."""
-    if t.shape[1] <= max_rank(dy.device):
-        dB, u, sums = lora_grad(dy, t, lora_B, scaling, need_sums, 0.0, None)
-        return dB, u, sums
-    dB = _strips(dy, t, scaling, 0.0, None)
-    u = None if lora_B is None else (dy @ lora_B.to(dy.dtype)).mul_(scaling)
-    return dB, u, dy.sum(dim=0, dtype=torch.float32) if need_sums else None
 
 
 def _strips(z: Tensor, v: Tensor, scaling: float, dropout_p: float, seed: Tensor | None) -> Tensor:

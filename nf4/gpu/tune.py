@@ -22,14 +22,10 @@ from nf4.files import write_file
 from nf4.gpu import plan
 from nf4.gpu.linear import dense_weight
 from nf4.kernels import _configs, _measured, matmul, matmul_small  # type: ignore[attr-defined]
+from nf4.shapes import MODELS, parse_shape
 from nf4.tensor import fits_fragments
 
-# W of the linear layers of Llama-3-8B and 70B and of Qwen3-32B
-SHAPES = (
-    *((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
-    *((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
-    *((8192, 5120), (1024, 5120), (5120, 8192), (25600, 5120), (5120, 25600)),
-)
+SHAPES = [shape for shapes in MODELS.values() for shape in shapes]
 BLOCK_SIZE = 64
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CUTS = 4  # of a kernel, those that the model likes best
@@ -44,13 +40,9 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, int]]:
     Raises:
         ValueError: a text is no shape, or one that does not fit fragments.
     """
-    shapes = []
-    for text in texts:
-        n, _, k = text.replace("×", "x").partition("x")
-        if not (n.isdecimal() and k.isdecimal()):
-            raise ValueError(f"shapes: expected NxK such as 4096x4096, got {text}")
-        shapes.append((int(n), int(k)))
-        if not fits_fragments(torch.Size(shapes[-1]), BLOCK_SIZE):
+    shapes = [parse_shape(text) for text in texts]
+    for text, shape in zip(texts, shapes, strict=True):
+        if not fits_fragments(torch.Size(shape), BLOCK_SIZE):
             raise ValueError(f"shapes: expected N a multiple of 16 and K of 64, got {text}")
     return shapes
 

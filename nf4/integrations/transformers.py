@@ -11,6 +11,7 @@ are meant for: memory holds the 4-bit model and a tensor. transformers 5.17 and 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -141,7 +142,8 @@ class _Operation(ConversionOps):  # type: ignore[misc]
         layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if m is old}
         for alias in layers:
             missing_keys.discard(f"{alias}.weight")
-        shape, dtype = tuple(dense_weight(old).shape), old.weight.dtype
+        dense = dense_weight(old)
+        shape, dtype = tuple(dense.shape), dense.dtype
         try:
             q = make()
             if tuple(q.shape) != shape:
@@ -153,7 +155,7 @@ class _Operation(ConversionOps):  # type: ignore[misc]
 
         def convert(old: nn.Module) -> LinearNF4:
             bias: Any = old.bias
-            layer = LinearNF4.from_weight(q.with_parts(q.parts(), dtype=dtype), bias)
+            layer = LinearNF4.from_weight(replace(q, dtype=dtype), bias)
             layer._is_hf_initialized = True  # type: ignore[assignment]
             return layer.train(old.training)
 
