@@ -105,10 +105,15 @@ def check_kernel(kernel, absmax: torch.Tensor) -> None:
         assert torch.equal(ours, expected)
 
 
-PTX_CASES = [torch.rand(n) + 0.01 for n in (1, 255, 257, 2000)] + [torch.full((300,), 3.7)]
+PTX_CASES = {
+    **{f"{n}": torch.rand(n) + 0.01 for n in (1, 255, 257, 2000)},
+    "equal": torch.full((300,), 3.7),
+    "farthest_below_the_mean": torch.tensor([0.1] + [1.0] * 99),
+    "farthest_above_the_mean": torch.tensor([1.9] + [1.0] * 99),
+}
 
 
-@pytest.mark.parametrize("absmax", PTX_CASES, ids=lambda t: f"{len(t)}")
+@pytest.mark.parametrize("absmax", PTX_CASES.values(), ids=PTX_CASES.keys())
 def test_quantize_absmax_ptx_matches_reference(absmax, emulate) -> None:
     from nf4.kernels import quantize_absmax as kernel
 
@@ -142,4 +147,4 @@ def test_quantize_absmax_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_
     wrong = mutant("quantize_absmax", "quantize_absmax", *mistake, tmp_path)
     middles = (MAP[1:] + MAP[:-1]) / 2
     ties = torch.cat([middles, -middles, torch.ones(1), -torch.ones(1)])
-    assert is_noticed(check_kernel, ((wrong, absmax) for absmax in (ties, *PTX_CASES)))
+    assert is_noticed(check_kernel, ((wrong, absmax) for absmax in (ties, *PTX_CASES.values())))
