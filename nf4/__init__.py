@@ -8,19 +8,30 @@ from nf4.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
 from nf4.checkpoint import load_adapter, save_adapter
 from nf4.convert import add_lora, merge, quantize_model
 from nf4.dispatch import explain
+from nf4.embedding import EmbeddingNF4
 from nf4.error import model_error, quantization_error
-from nf4.functional import dequantize, linear, lora_linear, quantize, to_fragments, to_rows
+from nf4.functional import (
+    dequantize,
+    embedding,
+    linear,
+    lora_linear,
+    quantize,
+    to_fragments,
+    to_rows,
+)
 from nf4.linear import LinearNF4, QLoRALinear
 from nf4.scratch import release_scratch
 from nf4.tensor import NF4Tensor
 
 __version__ = "0.1.0"
 __all__ = [
+    "EmbeddingNF4",
     "LinearNF4",
     "NF4Tensor",
     "QLoRALinear",
     "add_lora",
     "dequantize",
+    "embedding",
     "explain",
     "from_bitsandbytes",
     "linear",

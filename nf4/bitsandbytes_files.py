@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, BLOCK_SIZES, absmax_map, nf4_levels
+from nf4.functional import dequantize
 from nf4.tensor import DTYPES, PARTS, NF4Tensor, check_nf4, packed_shape
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -127,7 +128,7 @@ def to_bitsandbytes(
 
     Returns:
         Six tensors for each quantized weight, four without double quantization; everything else as
-        it was.
+        it was. Embeddings, which bitsandbytes' files do not have in 4 bits, become dense.
 
     Raises:
         TypeError: dtype is not float32, float16 or bfloat16.
@@ -146,6 +147,9 @@ def to_bitsandbytes(
         wanted = dtype or known.get("nf4_dtype") or others
         q = NF4Tensor(parts[0], parts[1], shape, wanted, block_size, *parts[2:])
         check_nf4(q, module or "weight")
+        if known.get("nf4_is_embedding"):
+            left[_join(module, "weight")] = dequantize(q)
+            continue
         left.update(tensors_of(q, _join(module, "weight")))
     return left
 

@@ -1,12 +1,14 @@
 """Convert whole models: quantize the linears, add adapters, merge them back."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nf4.embedding import EmbeddingNF4, is_embedding
 from nf4.experts import PARTS, ExpertsNF4, is_experts
 from nf4.functional import check_block_size, check_weight, quantize
 from nf4.linear import (
@@ -17,6 +19,7 @@ from nf4.linear import (
     is_conv1d,
     is_linear,
 )
+from nf4.tensor import NF4Tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -30,13 +33,15 @@ def quantize_model(
     block_size: int = 64,
     double_quant: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    quantize_embeddings: bool = False,
 ) -> Model:
     """Replace every linear layer of a model by a `LinearNF4`, in place.
 
     ``torch.nn.Linear`` and transformers' ``Conv1D`` are replaced, and the experts of a mixture that
     are kept as tensors of three dimensions, by `ExpertsNF4`; subclasses with a forward of their own
     stay, and so do layers that ``torch.nn.MultiheadAttention`` reads instead of calling.
-    Dense weights are freed one by one: the memory needed beyond the model is one layer's.
+    Dense weights are freed one by one: the memory needed beyond the model is one layer's. An output
+    layer tied to the embeddings shares their 4-bit weight; on a GPU each holds it in its own order.
 
     Args:
         model: any module; changed in place, and only after every layer has been checked.
@@ -46,6 +51,9 @@ def quantize_model(
         block_size: elements that share one scale, a power of two from 32 to 4096.
         double_quant: quantize the scales to 8 bits too.
         progress: called with (layers done, layers in all) after each layer.
+        quantize_embeddings: replace the embeddings of tokens by `EmbeddingNF4` too: what
+            ``get_input_embeddings`` returns, or every ``torch.nn.Embedding`` of a model that has
+            no such method.
 
     Returns:
         The model; a new `LinearNF4` if the model itself is a linear layer.
@@ -53,8 +61,8 @@ def quantize_model(
     Raises:
         TypeError: model is no module, or a weight has an unsupported dtype.
         ValueError: block_size is not supported, skip_modules no expression, no linear layer is
-            found, the model has PEFT's adapters, or a weight holds NaN or an infinity; the message
-            names the layer.
+            found, of two layers that share a weight one is to be skipped, the model has PEFT's
+            adapters, or a weight holds NaN or an infinity; the message names the layer.
     """
     check_model(model)
     block_size = check_block_size(block_size)
@@ -65,7 +73,7 @@ def quantize_model(
             f"model: expected a model without adapters, got PEFT's {type(wrapped[0]).__name__}; "
             "quantize the base model first, then add adapters with nf4.add_lora"
         )
-    layers = dense_layers(model, skip_modules)
+    layers = dense_layers(model, skip_modules, quantize_embeddings)
     if not layers:
         raise ValueError(
             f"model: expected at least one nn.Linear or Conv1D to quantize, found none in "
@@ -73,14 +81,21 @@ def quantize_model(
         )
     for name, layer in layers.items():
         check_layer(name, layer)
+    groups = tied_layers(layers)
+    of_group: dict[int | None, NF4Tensor] = {}
+
+    def quantized(weight: Tensor) -> NF4Tensor:
+        return quantize(weight, block_size, double_quant, check=True)
 
     def convert(layer: nn.Module) -> nn.Module:
         if is_experts(layer):
-            return ExpertsNF4(layer, quantized)
-        return LinearNF4.from_linear(layer, block_size=block_size, double_quant=double_quant)
-
-    def quantized(weight: Tensor) -> LinearNF4:
-        return LinearNF4.from_weight(quantize(weight, block_size, double_quant, check=True))
+            return ExpertsNF4(layer, lambda weight: LinearNF4.from_weight(quantized(weight)))
+        ((_, weight),) = dense_weights(layer)
+        group = groups.get(id(layer))
+        new = quantized_layer(layer, of_group[group] if group in of_group else quantized(weight))
+        if group is not None:
+            of_group[group] = new.weight
+        return new
 
     return replace_layers(model, layers, convert, progress)
 
@@ -132,7 +147,10 @@ def add_lora(
 
 
 def merge(model: Model) -> Model:
-    """Make every quantized layer dense again, adapters folded in: ``torch.nn.Linear``, or experts.
+    """Make every quantized layer dense again, adapters folded in.
+
+    Layers become ``torch.nn.Linear``, experts and embeddings what they were. What shared its 4-bit
+    weight shares the dense one, unless an adapter tells them apart.
 
     The weight is the dequantized one plus the adapter's product, added in fp32 and rounded once to
     the layer's dtype.
@@ -149,29 +167,97 @@ def merge(model: Model) -> Model:
     """
     check_model(model)
     layers = quantized_layers(model)
-    if not layers:
+    embeddings = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, EmbeddingNF4)
+    }
+    if not layers and not embeddings:
         raise ValueError(f"model: expected LinearNF4 layers, found none in {type(model).__name__}")
 
     experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
     inside = tuple(f"{name}." for name in experts)
     layers = {n: m for n, m in layers.items() if not (inside and n.startswith(inside))}
+    shared: dict[int, Any] = {}
+
+    def to_embedding(module: EmbeddingNF4) -> nn.Module:
+        dense = module.to_embedding(shared.get(module.packed.data_ptr()))
+        shared[module.packed.data_ptr()] = dense.weight
+        return dense
+
+    def to_linear(layer: LinearNF4) -> nn.Module:
+        weight = shared.get(layer.packed.data_ptr())
+        adapted = isinstance(layer, QLoRALinear)
+        return layer.to_linear() if adapted or weight is None else layer.to_linear(weight)
+
     model = replace_layers(model, experts, lambda module: module.to_experts())
-    return replace_layers(model, layers, lambda layer: layer.to_linear())
+    model = replace_layers(model, embeddings, to_embedding)
+    return replace_layers(model, layers, to_linear)
 
 
-def dense_layers(model: nn.Module, skip_modules: str | Iterable[str]) -> dict[str, nn.Module]:
-    """Return the layers `quantize_model` would replace, by name."""
+def dense_layers(
+    model: nn.Module, skip_modules: str | Iterable[str], embeddings: bool = False
+) -> dict[str, nn.Module]:
+    """Return the layers `quantize_model` would replace, by name.
+
+    Raises:
+        TypeError: embeddings is no bool.
+        ValueError: of an embedding and a layer that share a weight, only one is skipped.
+    """
+    if not isinstance(embeddings, bool):
+        raise TypeError(f"quantize_embeddings: expected a bool, got {type(embeddings).__name__}")
     skip = check_skip_modules(skip_modules)
     modules = dict(model.named_modules(remove_duplicate=False))
     skipped = {id(module) for name, module in modules.items() if _is_below(name, skip)}
-    return {
+    wanted = token_embeddings(model) if embeddings else set()
+    layers = {
         name: module
         for name, module in modules.items()
-        if (is_linear(module) or is_conv1d(module) or is_experts(module))
+        if (id(module) in wanted or is_linear(module) or is_conv1d(module) or is_experts(module))
         and not isinstance(module, _READ_BY_ATTENTION)
         and all(weight.numel() for _, weight in dense_weights(module))
         and id(module) not in skipped
     }
+    if wanted:
+        _check_ties(modules, layers)
+    return layers
+
+
+def token_embeddings(model: nn.Module) -> set[int]:
+    """Return the ids of the modules that `quantize_model` takes for embeddings of tokens."""
+    get = getattr(model, "get_input_embeddings", None)
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and is_embedding(m)]
+    if get is not None:
+        weight = getattr(get(), "weight", None)
+        embeddings = [m for m in embeddings if m.weight is weight]
+    return {id(m) for m in embeddings}
+
+
+def _check_ties(modules: dict[str, nn.Module], layers: dict[str, nn.Module]) -> None:
+    """Raise unless what shares its weight with an embedding to quantize is to be quantized too."""
+    embeddings = {id(m.weight): n for n, m in layers.items() if isinstance(m, nn.Embedding)}
+    for name, module in modules.items():
+        source = embeddings.get(id(getattr(module, "weight", None)))
+        if source is not None and name not in layers:
+            raise ValueError(
+                f"{name}: expected to quantize it with {source}, whose weight it shares, but it is "
+                "left out; leave it out of skip_modules, or let quantize_embeddings be False"
+            )
+
+
+def tied_layers(layers: dict[str, nn.Module]) -> dict[int, int]:
+    """Return, by the id of each layer that shares its weight with another, the weight's id."""
+    weights = {id(layer): id(layer.weight) for layer in layers.values() if not is_experts(layer)}
+    counts = Counter(weights.values())
+    return {layer: weight for layer, weight in weights.items() if counts[weight] > 1}
+
+
+def quantized_layer(old: nn.Module, q: NF4Tensor) -> LinearNF4 | EmbeddingNF4:
+    """Return what takes the place of a dense linear layer or embedding, around its weight."""
+    if isinstance(old, nn.Embedding):
+        return EmbeddingNF4(old, q)
+    bias: Any = old.bias
+    return LinearNF4.from_weight(q, bias).train(old.training)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, LinearNF4]:
@@ -202,6 +288,8 @@ def dense_weights(layer: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the weights that are to be quantized of a dense layer or of experts, with names."""
     if is_experts(layer):
         return [(name, getattr(layer, name)) for name in PARTS]
+    if isinstance(layer, nn.Embedding):
+        return [("weight", layer.weight)]
     return [("weight", dense_weight(layer))]
 
 

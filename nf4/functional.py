@@ -139,6 +139,39 @@ def dequantize_rows(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tup
         yield rows, dequantize(NF4Tensor(packed, scales, shape, q.dtype, q.block_size), dtype)
 
 
+def embedding(input: Tensor, q: NF4Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return rows of a quantized matrix; only those are made dense.
+
+    Args:
+        input: int32 or int64, any shape: which rows.
+        q: quantized ``[N, K]``, in rows.
+        dtype: floating dtype of the result; that of q by default.
+
+    Returns:
+        dtype ``[*input.shape, K]``, the bits of ``dequantize(q, dtype)[input]``.
+
+    Raises:
+        TypeError: input is no tensor of integers, or q no NF4Tensor.
+        ValueError: q is no matrix, not in rows, or on another device than input.
+        IndexError: a row is outside [0, N).
+    """
+    check_nf4(q)
+    if q.ndim != 2 or q.layout != "rows":
+        raise ValueError(
+            f"q: expected a quantized matrix in rows, got {tuple(q.shape)}, layout {q.layout!r}"
+        )
+    if not isinstance(input, Tensor) or input.dtype not in (torch.int32, torch.int64):
+        kind = getattr(input, "dtype", type(input).__name__)
+        raise TypeError(f"input: expected an int32 or int64 tensor, got {kind}")
+    if input.device != q.device:
+        raise ValueError(f"input: expected device {q.device}, where q is, got {input.device}")
+    dtype = q.dtype if dtype is None else dtype
+    k = q.shape[1]
+    parts = [None if part is None else part.detach() for part in q.parts()]
+    found: Tensor = call("embedding", input.reshape(-1).long(), *parts, k, q.block_size, dtype)
+    return found.view(*input.shape, k)
+
+
 def to_fragments(q: NF4Tensor) -> NF4Tensor:
     """Return q in the order that tensor cores read; the same codes, scales and size.
 

@@ -1,13 +1,11 @@
 """Linear layers on a 4-bit weight: LinearNF4, frozen, and QLoRALinear, with a trainable adapter."""
 
 import math
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from nf4 import bitsandbytes_files
 from nf4.dispatch import wants_fragments
 from nf4.functional import (
     check_block_size,
@@ -20,7 +18,8 @@ from nf4.functional import (
     to_fragments,
     to_rows,
 )
-from nf4.tensor import PARTS, NF4Tensor, check_nf4
+from nf4.quantized_module import QuantizedModule
+from nf4.tensor import NF4Tensor, check_nf4
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -50,7 +49,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     )
 
 
-class LinearNF4(nn.Module):
+class LinearNF4(QuantizedModule):
     """A drop-in for ``torch.nn.Linear`` with a frozen weight in 4-bit NormalFloat.
 
     The weight is held as plain frozen parameters, so that ``state_dict``, ``.to`` and sharding need
@@ -79,10 +78,6 @@ class LinearNF4(nn.Module):
         ValueError: a size is below 1, or block_size is not supported.
     """
 
-    packed: nn.Parameter
-    absmax: nn.Parameter
-    absmax2: nn.Parameter | None
-    offset: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -168,10 +163,9 @@ class LinearNF4(nn.Module):
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         return layer
 
-    def _set_weight(self, q: NF4Tensor) -> None:
-        self.block_size, self.double_quant, self.dtype = q.block_size, q.double_quant, q.dtype
-        self._hold(q)
-        self._choose_layout()
+    @property
+    def _weight_shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
 
     def _choose_layout(self) -> None:
         """Hold the weight in fragments where there are kernels for it, in rows elsewhere."""
@@ -195,39 +189,6 @@ class LinearNF4(nn.Module):
         """Hold the weight in rows, as files do; lossless. Returns the layer."""
         return self._hold(to_rows(self.weight))
 
-    def _hold(self, q: NF4Tensor) -> Self:
-        """Hold a weight by new parameters: what autograd has saved of the old ones stays."""
-        for name, tensor in zip(PARTS, q.parts(), strict=True):
-            if tensor is not None and name == "packed" and q.layout == "fragments":
-                tensor = tensor.detach().view(torch.int32)
-            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-            self.register_parameter(name, parameter)
-        return self
-
-    @property
-    def layout(self) -> str:
-        """Order of ``packed`` and ``absmax`` in memory: "rows", or "fragments" if packed is int32.
-
-        The bytes are the same either way; the dtype lets the tensor itself say what it holds.
-        """
-        return "fragments" if self.packed.dtype == torch.int32 else "rows"
-
-    @property
-    def weight(self) -> NF4Tensor:
-        """The quantized weight ``[out_features, in_features]``, sharing this layer's tensors."""
-        shape = torch.Size((self.out_features, self.in_features))
-        packed, layout = self.packed, self.layout
-        return NF4Tensor(
-            packed if layout == "rows" else packed.detach().view(torch.uint8),
-            self.absmax,
-            shape,
-            self.dtype,
-            self.block_size,
-            self.absmax2,
-            self.offset,
-            layout,
-        )
-
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ W.T + bias, ``[..., out_features]`` in the dtype of input."""
         return linear(input, self.weight, self.bias)
@@ -236,101 +197,22 @@ class LinearNF4(nn.Module):
         """Return the dense weight ``[out_features, in_features]`` in `dtype`."""
         return dequantize(self.weight)
 
-    def to_linear(self) -> nn.Linear:
-        """Return a ``torch.nn.Linear`` with `merged_weight`; it shares a bias of the same dtype."""
-        weight = self.merged_weight()
+    def to_linear(self, weight: Tensor | None = None) -> nn.Linear:
+        """Return a ``torch.nn.Linear`` with `merged_weight`; it shares a bias of the same dtype.
+
+        Args:
+            weight: what to take instead of `merged_weight`, of the same shape and dtype.
+        """
+        weight = self.merged_weight() if weight is None else weight
         dense = nn.Linear(
             self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype
         )
-        dense.weight = nn.Parameter(weight)
+        dense.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
         if self.bias is not None and self.bias.dtype != self.dtype:
             dense.bias = nn.Parameter(self.bias.detach().to(self.dtype))
         elif self.bias is not None:
             dense.bias = self.bias
         return dense.train(self.training)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the weight with the module, but keep its bytes and fp32 scales as they are."""
-        frozen = {id(getattr(self, name)) for name in PARTS}
-
-        def keep_dtype(t: Tensor) -> Tensor:
-            out = fn(t)
-            return t.to(out.device) if id(t) in frozen and out.dtype != t.dtype else out
-
-        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
-        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        if dtype.is_floating_point:
-            self.dtype = dtype
-        self._choose_layout()
-        return self
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        """Save the weight in rows, whatever its layout in memory."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None:
-            metadata.update(bitsandbytes_files.describe(self.weight))
-        if self.layout != "rows":
-            q = to_rows(self.weight)
-            destination[prefix + "packed"], destination[prefix + "absmax"] = q.packed, q.absmax
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Refuse a weight quantized otherwise, before anything is copied.
-
-        A weight as bitsandbytes writes it is taken, however it is quantized: its tensors tell.
-        """
-        errors = args[-1]
-        found = len(errors)
-        if prefix + "weight" in bitsandbytes_files.weights_in(state_dict):
-            try:
-                self._take_bitsandbytes(state_dict, prefix, args[0])
-            except ValueError as error:
-                errors.append(str(error))
-                return
-        held = self.weight
-        for name, old in zip(PARTS, held.parts(), strict=True):
-            new = state_dict.get(prefix + name)
-            if new is not None and old is None:
-                errors.append(f"{prefix}{name}: expected none (double_quant=False), got one")
-            elif old is None or not isinstance(new, Tensor):
-                continue  # missing, or refused by torch
-            elif (new.dtype, new.shape) != (old.dtype, old.shape):
-                errors.append(
-                    f"{prefix}{name}: expected {old.dtype} {tuple(old.shape)} (block_size="
-                    f"{self.block_size}, double_quant={self.double_quant}), "
-                    f"got {new.dtype} {tuple(new.shape)}"
-                )
-        if len(errors) != found:
-            return
-        if held.layout != "rows" and any(prefix + n in state_dict for n in ("packed", "absmax")):
-            self.to_rows()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if held.layout != "rows":
-            self.to_fragments()
-        else:
-            self._choose_layout()
-
-    def _take_bitsandbytes(
-        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
-    ) -> None:
-        """Put the tensors of bitsandbytes under this layer's names, and take on their form."""
-        own = self.weight
-        q = bitsandbytes_files.take(state_dict, prefix + "weight")
-        if q.shape != own.shape:
-            raise ValueError(
-                f"{prefix}weight: expected shape {tuple(own.shape)}, got {tuple(q.shape)}"
-            )
-        if (q.block_size, q.double_quant) != (own.block_size, own.double_quant):
-            device = own.device
-            parts = [None if t is None else torch.empty_like(t, device=device) for t in q.parts()]
-            self._set_weight(q.with_parts(parts, dtype=self.dtype))
-        if metadata.get("assign_to_params_buffers", False):
-            self.dtype = q.dtype
-        for name, tensor in zip(PARTS, q.parts(), strict=True):
-            if tensor is not None:
-                state_dict[prefix + name] = tensor
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""

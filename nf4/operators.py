@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nf4 import reference
 from nf4.codebook import ABSMAX_BLOCK_SIZE
+from nf4.reference.embedding import embedding, gather_scales
 from nf4.reference.linear import accumulator
 
 _WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
@@ -207,6 +208,35 @@ def _dequantize_out(
     _dequantize(*weight, out.shape, block_size, out.dtype, layout, out)
 
 
+# --- embedding
+
+
+def _embedding(
+    rows: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    k: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    scales = (absmax, absmax2, offset)
+    if k % block_size:
+        return embedding(rows, packed, *scales, k, block_size, dtype)
+    # A row is whole blocks: gather its bytes and scales, and dequantize them
+    per_row = k // block_size
+    blocks = rows[:, None] * per_row + torch.arange(per_row, device=rows.device)
+    found = packed.view(-1, k // 2).index_select(0, rows)
+    gathered = gather_scales(*scales, blocks.view(-1))
+    return _dequantize(found, gathered, None, None, [len(rows), k], block_size, dtype)
+
+
+def _embedding_fake(rows: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    *_, k, _, dtype = args
+    return packed.new_empty((rows.shape[0], k), dtype=dtype)
+
+
 # --- repack
 
 
@@ -352,6 +382,12 @@ _define(
     f"({_WEIGHT}, int block_size, Tensor(a!) out, {_LAYOUT}) -> ()",
     _dequantize_out,
     _nothing,
+)
+_define(
+    "embedding",
+    f"(Tensor rows, {_WEIGHT}, SymInt k, int block_size, ScalarType dtype) -> Tensor",
+    _embedding,
+    _embedding_fake,
 )
 _define(
     "repack",

@@ -146,6 +146,43 @@ def test_architecture(name, tmp_path) -> None:
     assert row in README.splitlines(), f"README.md: expected the row {row}"
 
 
+TOKEN_MODELS = [name for name in ARCHITECTURES if name != "ViT"]
+
+
+@pytest.mark.parametrize("name", TOKEN_MODELS)
+def test_embeddings_of_tokens_in_4_bits(name, tmp_path) -> None:
+    """On load and afterwards the same; ties hold through files, and through merging."""
+    dense = make(name)
+    dense.save_pretrained(tmp_path / "dense")
+    config = NF4Config(quantize_embeddings=True)
+    model = type(dense).from_pretrained(
+        tmp_path / "dense", dtype=torch.float32, quantization_config=config
+    )
+    ours = nf4.quantize_model(
+        copy.deepcopy(dense),
+        model.config.quantization_config.skip_modules,
+        quantize_embeddings=True,
+    )
+    assert model.state_dict().keys() == ours.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[key]), key
+    tokens, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(tokens, nf4.EmbeddingNF4)
+    tied = dense.get_input_embeddings().weight is dense.get_output_embeddings().weight
+    assert tied == (getattr(head, "packed", None) is tokens.packed)
+    assert error(logits(model.eval(), name), logits(dense, name)) < 0.5
+    model.save_pretrained(tmp_path / "saved")
+    again = type(dense).from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
+    assert torch.equal(logits(again, name), logits(model, name))
+    head = again.get_output_embeddings()
+    assert tied == (getattr(head, "packed", None) is again.get_input_embeddings().packed)
+    merged = nf4.merge(again)
+    assert type(merged.get_input_embeddings()) is type(dense.get_input_embeddings())
+    head = merged.get_output_embeddings()
+    assert tied == (head.weight is merged.get_input_embeddings().weight)
+    assert error(logits(merged, name), logits(model, name)) < 1e-5
+
+
 def test_experts_of_other_forms_are_left() -> None:
     experts = make("Mixtral").model.layers[0].mlp.experts
     assert is_experts(experts)

@@ -81,6 +81,21 @@ def test_tied_output_layer_stays_tied(tiny_llama, tmp_path) -> None:
     assert same_state(load(tmp_path / "saved"), model)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_are_quantized_on_load_and_stay_tied(tied, tiny_llama, tmp_path) -> None:
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
+    config = NF4Config(quantize_embeddings=True)
+    for folder, options in (("dense", {"quantization_config": config}), ("saved", {})):
+        model = load(tmp_path / folder, **options)
+        tokens = model.model.embed_tokens
+        assert isinstance(tokens, nf4.EmbeddingNF4)
+        assert (getattr(model.lm_head, "packed", None) is tokens.packed) == tied
+        model.save_pretrained(tmp_path / f"saved{'' if folder == 'dense' else '-again'}")
+    assert same_state(load(tmp_path / "saved"), load(tmp_path / "saved-again"))
+    with pytest.raises(TypeError, match="quantize_embeddings: expected a bool, got str"):
+        NF4Config(quantize_embeddings="yes")
+
+
 def test_conv1d_layers_of_gpt2_are_quantized(tmp_path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -28,13 +28,17 @@ from nf4.convert import (
     dense_layers,
     dense_weights,
     merge,
+    quantized_layer,
     quantized_layers,
     replace_layers,
+    token_embeddings,
 )
-from nf4.experts import PARTS, ExpertsNF4, is_experts
+from nf4.experts import PARTS as EXPERT_PARTS
+from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import check_block_size, quantize
-from nf4.linear import LinearNF4, dense_weight, is_conv1d
-from nf4.tensor import NF4Tensor
+from nf4.linear import LinearNF4, is_conv1d
+from nf4.quantized_module import QuantizedModule
+from nf4.tensor import PARTS, NF4Tensor
 
 METHOD = "nf4"
 # transformers asks this of a weight before it draws one; some models name a layer's from outside
@@ -62,6 +66,8 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
             transformers leaves alone: the output layer, and what is tied to the embeddings.
         stored_as: what wrote the weights, of a checkpoint that is quantized: "nf4" or
             "bitsandbytes".
+        quantize_embeddings: quantize the embeddings of tokens too, and with them an output layer
+            that is tied to them.
         **ignored: what newer versions add.
 
     Raises:
@@ -75,10 +81,15 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         double_quant: bool = True,
         skip_modules: list[str] | str | None = None,
         stored_as: str = METHOD,
+        quantize_embeddings: bool = False,
         **ignored: Any,
     ) -> None:
-        if not isinstance(double_quant, bool):
-            raise TypeError(f"double_quant: expected a bool, got {type(double_quant).__name__}")
+        for name, value in (
+            ("double_quant", double_quant),
+            ("quantize_embeddings", quantize_embeddings),
+        ):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
         if stored_as not in (METHOD, "bitsandbytes"):
             raise ValueError(f"stored_as: expected 'nf4' or 'bitsandbytes', got {stored_as!r}")
         if skip_modules is not None:
@@ -89,6 +100,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.double_quant = double_quant
         self.skip_modules = skip_modules
         self.stored_as = stored_as
+        self.quantize_embeddings = quantize_embeddings
 
     @classmethod
     def from_bitsandbytes(cls, config: BitsAndBytesConfig | dict[str, Any]) -> "NF4Config":
@@ -137,12 +149,22 @@ class _Operation(ConversionOps):  # type: ignore[misc]
     def put(
         self, model: nn.Module, name: str, make: Callable[[], NF4Tensor], missing_keys: set[str]
     ) -> None:
-        """Replace the layer whose dense weight has a name by one around a quantized weight."""
-        old = model.get_submodule(name.rpartition(".")[0])
-        layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if m is old}
+        """Replace the layer whose dense weight has a name by one around a quantized weight.
+
+        So is every layer that is tied to it.
+        """
+        old: Any = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(old, QuantizedModule):
+            missing_keys.discard(name)
+            return  # by its other name; the file has both
+        ((_, dense),) = dense_weights(old)
+        layers = {
+            n: m
+            for n, m in model.named_modules(remove_duplicate=False)
+            if m is old or f"{n}.weight" in self.hf_quantizer.weights and m.weight is old.weight
+        }
         for alias in layers:
             missing_keys.discard(f"{alias}.weight")
-        dense = dense_weight(old)
         shape, dtype = tuple(dense.shape), dense.dtype
         try:
             q = make()
@@ -153,11 +175,12 @@ class _Operation(ConversionOps):  # type: ignore[misc]
             self.hf_quantizer.errors.append(message if name in message else f"{name}: {message}")
             return
 
-        def convert(old: nn.Module) -> LinearNF4:
-            bias: Any = old.bias
-            layer = LinearNF4.from_weight(replace(q, dtype=dtype), bias)
-            layer._is_hf_initialized = True  # type: ignore[assignment]
-            return layer.train(old.training)
+        def convert(old: nn.Module) -> nn.Module:
+            nonlocal q
+            layer: Any = quantized_layer(old, replace(q, dtype=dtype))
+            layer._is_hf_initialized = True
+            q = layer.weight  # what is tied shares its parameters
+            return layer  # type: ignore[no-any-return]
 
         replace_layers(model, layers, convert)
 
@@ -197,9 +220,9 @@ class _Quantize(_Operation):
             waiting[part] = [quantize(w, *options, check=True) for w in weight]
         except ValueError as error:
             self.hf_quantizer.errors.append(f"{name}: {error}")
-        if len(waiting) == len(PARTS):
+        if len(waiting) == len(EXPERT_PARTS):
             del self.hf_quantizer.waiting[module]
-            found = iter([q for part in PARTS for q in waiting[part]])
+            found = iter([q for part in EXPERT_PARTS for q in waiting[part]])
             experts = ExpertsNF4(old, lambda w: LinearNF4.from_weight(next(found)))
             for one in experts.modules():
                 one._is_hf_initialized = True  # type: ignore[assignment]
@@ -242,6 +265,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **options)
         self.weights: frozenset[str] = frozenset()  # names, of those to be quantized
         self.errors: list[str] = []
+        self.tied: dict[str, str] = {}  # layers that share their weight with embeddings, by name
         self.waiting: dict[str, dict[str, list[NF4Tensor]]] = {}  # experts of which half is there
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -279,10 +303,10 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         if config.skip_modules is None:
-            fp32 = getattr(model, "_keep_in_fp32_modules", None)
-            found = self.get_modules_to_not_convert(model, None, fp32)
-            config.skip_modules = sorted({name.removesuffix(".bias") for name in found})
-        layers = dense_layers(model, config.skip_modules)
+            config.skip_modules = self._default_skip(model)
+        if config.quantize_embeddings:
+            self._tie(model)
+        layers = dense_layers(model, config.skip_modules, config.quantize_embeddings)
         if not layers:
             raise ValueError(
                 f"skip_modules: expected to leave a linear layer to quantize, "
@@ -292,27 +316,72 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             f"{name}.{part}" for name, layer in layers.items() for part, _ in dense_weights(layer)
         )
         if self.pre_quantized and not self._reads_bitsandbytes:
-            options = {"block_size": config.block_size, "double_quant": config.double_quant}
 
-            def empty(weight: Tensor, bias: bool = False) -> LinearNF4:
-                n, k = weight.shape
-                return LinearNF4(k, n, bias, "meta", weight.dtype, **options)  # type: ignore[arg-type]
+            def empty(weight: Tensor) -> NF4Tensor:
+                return quantize(weight, config.block_size, config.double_quant)
 
             def convert(old: nn.Module) -> nn.Module:
                 if is_experts(old):
-                    return ExpertsNF4(old, empty)
-                return empty(dense_weight(old), old.bias is not None).train(old.training)
+                    return ExpertsNF4(old, lambda weight: LinearNF4.from_weight(empty(weight)))
+                ((_, weight),) = dense_weights(old)
+                return quantized_layer(old, empty(weight))
 
             replace_layers(model, layers, convert)
+            self._tie_parts(model)
+
+    def _default_skip(self, model: Any) -> list[str]:
+        """Return what transformers leaves dense, but for what is tied to embeddings in 4 bits."""
+        fp32 = getattr(model, "_keep_in_fp32_modules", None)
+        found = self.get_modules_to_not_convert(model, None, fp32)
+        skip = {name.removesuffix(".bias") for name in found}
+        if self.quantization_config.quantize_embeddings:
+            tied = [name for pair in self._ties(model) for name in pair]
+            skip = {name for name in skip if not any(t.startswith(f"{name}.") for t in tied)}
+        return sorted(skip)
+
+    @staticmethod
+    def _ties(model: Any) -> list[tuple[str, str]]:
+        """Return which weights, by name, are tied to those of embeddings of tokens."""
+        embeddings = token_embeddings(model)
+        return [
+            (target, source)
+            for target, source in model.all_tied_weights_keys.items()
+            if id(model.get_submodule(source.rpartition(".")[0])) in embeddings
+        ]
+
+    def _tie(self, model: Any) -> None:
+        """Tie weights to those of the embeddings now; transformers does when all is loaded."""
+        for target, source in self._ties(model):
+            module, _, name = target.rpartition(".")
+            setattr(model.get_submodule(module), name, model.get_parameter(source))
+            self.tied[module] = source.rpartition(".")[0]
+            del model.all_tied_weights_keys[target]
+
+    def _tie_parts(self, model: Any) -> None:
+        """Let transformers tie the parts of a 4-bit weight, as it ties a dense one."""
+        parts = [
+            (f"{target}.{part}", f"{source}.{part}")
+            for target, source in self.tied.items()
+            for part, tensor in zip(PARTS, model.get_submodule(source).weight.parts(), strict=True)
+            if tensor is not None
+        ]
+        weights = {f"{target}.weight" for target in self.tied}
+        for name in ("all_tied_weights_keys", "_tied_weights_keys"):
+            known = getattr(model, name, None) or {}
+            kept = {key: value for key, value in known.items() if key not in weights}
+            setattr(model, name, kept | dict(parts))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.errors:
             raise ValueError("; ".join(self.errors))
         layers = quantized_layers(model).values()
-        for layer in layers:
-            for parameter in layer.weight.tensors():
-                parameter.requires_grad_(False)
-            layer._choose_layout()
+        for module in model.modules():
+            if isinstance(module, QuantizedModule):
+                for parameter in module.weight.tensors():
+                    parameter.requires_grad_(False)
+                module._choose_layout()
+        if self.tied:
+            self._tie_parts(model)
         # What was done to the tensors of a checkpoint is undone when it is saved; not so where they
         # are quantized now
         conversions = getattr(model, "_weight_conversions", None) or []
@@ -327,7 +396,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             return True
         merges = isinstance(conversion, WeightConverter)
         targets = "\n".join(conversion.target_patterns)
-        return merges and any(part in targets for part in PARTS)
+        return merges and any(part in targets for part in EXPERT_PARTS)
 
     def _describe(self, layers: Any) -> None:
         """Let the config say how a checkpoint of bitsandbytes was quantized."""

@@ -1,0 +1,164 @@
+"""What modules with a 4-bit weight share: how they hold it, move it, save it and load it."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from nf4 import bitsandbytes_files
+from nf4.functional import to_fragments, to_rows
+from nf4.tensor import PARTS, NF4Tensor
+
+
+class QuantizedModule(nn.Module):
+    """A module with a frozen weight in 4-bit NormalFloat, held as plain parameters.
+
+    ``packed`` uint8 ``[rows, columns / 2]``, ``absmax``, and with double quantization ``absmax2``
+    and ``offset``, as in `NF4Tensor`: ``state_dict``, ``.to`` and sharding need no special case.
+    Casting the module changes `dtype`, never the bytes or the fp32 scales. A subclass says by
+    `_weight_shape` which sizes the weight has, and by `_choose_layout` in which order it is held.
+    """
+
+    packed: nn.Parameter
+    absmax: nn.Parameter
+    absmax2: nn.Parameter | None
+    offset: nn.Parameter | None
+    block_size: int
+    double_quant: bool
+    dtype: torch.dtype
+
+    @property
+    def _weight_shape(self) -> torch.Size:
+        raise NotImplementedError
+
+    def _set_weight(self, q: NF4Tensor) -> None:
+        self.block_size, self.double_quant, self.dtype = q.block_size, q.double_quant, q.dtype
+        self._hold(q)
+        self._choose_layout()
+
+    def _choose_layout(self) -> None:
+        """Hold the weight in the order that suits its device: rows, unless a subclass knows."""
+
+    def _hold(self, q: NF4Tensor) -> Self:
+        """Hold a weight by its parameters, or new ones: what autograd saved of the old stays."""
+        for name, tensor in zip(PARTS, q.parts(), strict=True):
+            if tensor is None:
+                self.register_parameter(name, None)
+                continue
+            if name == "packed" and q.layout == "fragments":
+                tensor = tensor.detach().view(torch.int32)
+            if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, tensor)
+        return self
+
+    @property
+    def layout(self) -> str:
+        """Order of ``packed`` and ``absmax`` in memory: "rows", or "fragments" if packed is int32.
+
+        The bytes are the same either way; the dtype lets the tensor itself say what it holds.
+        """
+        return "fragments" if self.packed.dtype == torch.int32 else "rows"
+
+    @property
+    def weight(self) -> NF4Tensor:
+        """The quantized weight, sharing this module's tensors."""
+        packed, layout = self.packed, self.layout
+        return NF4Tensor(
+            packed if layout == "rows" else packed.detach().view(torch.uint8),
+            self.absmax,
+            self._weight_shape,
+            self.dtype,
+            self.block_size,
+            self.absmax2,
+            self.offset,
+            layout,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the weight with the module, but keep its bytes and fp32 scales as they are."""
+        frozen = {id(getattr(self, name)) for name in PARTS}
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if id(t) in frozen and out.dtype != t.dtype else out
+
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        if dtype.is_floating_point:
+            self.dtype = dtype
+        self._choose_layout()
+        return self
+
+    def _describe(self) -> dict[str, Any]:
+        """Return what `nf4.to_bitsandbytes` reads of this module in a state dict's metadata."""
+        return bitsandbytes_files.describe(self.weight)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Save the weight in rows, whatever its layout in memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata.update(self._describe())
+        if self.layout != "rows":
+            q = to_rows(self.weight)
+            destination[prefix + "packed"], destination[prefix + "absmax"] = q.packed, q.absmax
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse a weight quantized otherwise, before anything is copied.
+
+        A weight as bitsandbytes writes it is taken, however it is quantized: its tensors tell.
+        """
+        errors = args[-1]
+        found = len(errors)
+        if prefix + "weight" in bitsandbytes_files.weights_in(state_dict):
+            try:
+                self._take_bitsandbytes(state_dict, prefix, args[0])
+            except ValueError as error:
+                errors.append(str(error))
+                return
+        held = self.weight
+        for name, old in zip(PARTS, held.parts(), strict=True):
+            new = state_dict.get(prefix + name)
+            if new is not None and old is None:
+                errors.append(f"{prefix}{name}: expected none (double_quant=False), got one")
+            elif old is None or not isinstance(new, Tensor):
+                continue  # missing, or refused by torch
+            elif (new.dtype, new.shape) != (old.dtype, old.shape):
+                errors.append(
+                    f"{prefix}{name}: expected {old.dtype} {tuple(old.shape)} (block_size="
+                    f"{self.block_size}, double_quant={self.double_quant}), "
+                    f"got {new.dtype} {tuple(new.shape)}"
+                )
+        if len(errors) != found:
+            return
+        if held.layout != "rows" and any(prefix + n in state_dict for n in ("packed", "absmax")):
+            self._hold(to_rows(held))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if held.layout != "rows":
+            self._hold(to_fragments(self.weight))
+        else:
+            self._choose_layout()
+
+    def _take_bitsandbytes(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> None:
+        """Put the tensors of bitsandbytes under this layer's names, and take on their form."""
+        own = self.weight
+        q = bitsandbytes_files.take(state_dict, prefix + "weight")
+        if q.shape != own.shape:
+            raise ValueError(
+                f"{prefix}weight: expected shape {tuple(own.shape)}, got {tuple(q.shape)}"
+            )
+        if (q.block_size, q.double_quant) != (own.block_size, own.double_quant):
+            device = own.device
+            parts = [None if t is None else torch.empty_like(t, device=device) for t in q.parts()]
+            self._set_weight(q.with_parts(parts, dtype=self.dtype))
+        if metadata.get("assign_to_params_buffers", False):
+            self.dtype = q.dtype
+        for name, tensor in zip(PARTS, q.parts(), strict=True):
+            if tensor is not None:
+                state_dict[prefix + name] = tensor
