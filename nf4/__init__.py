@@ -4,9 +4,10 @@ Quantize tensors, layers and models to NF4, multiply by them, train adapters on 
 what four bits cost. Importing this package needs neither a GPU nor Triton.
 """
 
+from nf4.adapters import add_lora, disable_adapter, mixed_batch, set_adapter
 from nf4.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
 from nf4.checkpoint import load_adapter, save_adapter
-from nf4.convert import add_lora, merge, quantize_model
+from nf4.convert import merge, quantize_model
 from nf4.dispatch import explain
 from nf4.embedding import EmbeddingNF4
 from nf4.error import model_error, quantization_error
@@ -31,6 +32,7 @@ __all__ = [
     "QLoRALinear",
     "add_lora",
     "dequantize",
+    "disable_adapter",
     "embedding",
     "explain",
     "from_bitsandbytes",
@@ -38,12 +40,14 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "merge",
+    "mixed_batch",
     "model_error",
     "quantization_error",
     "quantize",
     "quantize_model",
     "release_scratch",
     "save_adapter",
+    "set_adapter",
     "to_bitsandbytes",
     "to_fragments",
     "to_rows",

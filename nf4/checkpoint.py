@@ -1,8 +1,8 @@
 """Files: PEFT's LoRA adapters, written and read.
 
 An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``; the tensors
-are called ``base_model.model.<module>.lora_A.weight`` ``[r, in]`` and ``.lora_B.weight``
-``[out, r]``. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+are called ``base_model.model.<module>.lora_A.weight`` ``[r, in]``, ``.lora_B.weight`` ``[out, r]``
+and, with DoRA, ``.lora_magnitude_vector`` ``[out]``. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
 import json
@@ -18,27 +18,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nf4.convert import (
-    check_model,
-    freeze_base,
-    match_names,
-    quantized_layers,
-    replace_layers,
-)
+from nf4.adapters import adapter_names, freeze_base, match_names, set_adapter
+from nf4.convert import check_model, quantized_layers, replace_layers
 from nf4.files import check_new, new_folder
-from nf4.linear import LinearNF4, QLoRALinear, check_lora_options
+from nf4.initialize import initialize
+from nf4.linear import LinearNF4, LoRA, QLoRALinear, check_adapter_name, check_lora_options
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(?:(?P<module>.*)\.)?lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(
+    re.escape(_PREFIX)
+    + r"(?:(?P<module>.*)\.)?(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
+)
 # Options of PEFT that change what the tensors mean, with the values that do not; an option in
 # neither list must be empty, for it may be one that came after this was written.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_rslora": (False, True, None),
-    # pissa, olora and their like train against a base weight they have changed
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+    "use_dora": (False, True, None),
+    # pissa, olora and their like train against a base weight they have changed; see _check_base
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "pissa"),
 }
 _HARMLESS = frozenset(
     [
@@ -78,40 +78,51 @@ class _Adapter:
 
     lora_A: Tensor
     lora_B: Tensor
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
+    lora_magnitude: Tensor | None
+    options: dict[str, Any]  # of `LoRA`
 
-    def fits(self, layer: LinearNF4) -> bool:
-        """Return whether the layer has an adapter of this rank, whose tensors can take it."""
-        return isinstance(layer, QLoRALinear) and layer.r == self.lora_A.shape[0]
+    def scaling(self) -> float:
+        """Return the factor of the adapter's output."""
+        r = self.options["r"]
+        return float(self.options["lora_alpha"] / (r**0.5 if self.options["use_rslora"] else r))
 
-    def put_on(self, layer: LinearNF4) -> QLoRALinear:
-        """Return the layer with this adapter: itself if it has one of the same rank."""
-        options = {
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "use_rslora": self.use_rslora,
-        }
-        if isinstance(layer, QLoRALinear) and self.fits(layer):
-            adapted = layer
-            for name, value in options.items():
-                setattr(adapted, name, value)
+    def fits(self, layer: LinearNF4, name: str) -> bool:
+        """Return whether the layer's only adapter has this name, rank and kind."""
+        if not isinstance(layer, QLoRALinear) or list(layer.named_adapters()) != [name]:
+            return False
+        return (layer.r, layer.use_dora) == (self.options["r"], self.options["use_dora"])
+
+    def put_on(self, layer: LinearNF4, name: str, beside: bool) -> QLoRALinear:
+        """Return the layer with this adapter.
+
+        Args:
+            layer: the layer, itself if it can take the tensors.
+            name: of the adapter.
+            beside: whether the layer keeps the adapters it has.
+        """
+        if isinstance(layer, QLoRALinear) and beside:
+            layer.add_adapter(name, LoRA.of(layer.weight, **self.options))
+            adapted, adapter = layer, layer.named_adapters()[name]
+        elif isinstance(layer, QLoRALinear) and self.fits(layer, name):
+            layer._set_options(**self.options)
+            adapted = adapter = layer
         else:
-            adapted = QLoRALinear.from_weight(
-                layer.weight, layer.bias, r=len(self.lora_A), **options
+            adapted = adapter = QLoRALinear.from_weight(
+                layer.weight, layer.bias, adapter_name=name, **self.options
             )
             adapted.train(layer.training)
         with torch.no_grad():
-            adapted.lora_A.copy_(self.lora_A)
-            adapted.lora_B.copy_(self.lora_B)
-        adapted.lora_A.requires_grad_(True)
-        adapted.lora_B.requires_grad_(True)
+            adapter.lora_A.copy_(self.lora_A)
+            adapter.lora_B.copy_(self.lora_B)
+            if adapter.lora_magnitude is not None and self.lora_magnitude is not None:
+                adapter.lora_magnitude.copy_(self.lora_magnitude)
         return adapted
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a model's adapters in PEFT's files.
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None
+) -> None:
+    """Write a model's adapter in PEFT's files.
 
     Names are those of the model itself, without what torch.compile and DistributedDataParallel wrap
     around it.
@@ -119,85 +130,124 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: a module with `QLoRALinear` layers.
         path: folder to make; it must not exist. It appears only once it is complete.
+        adapter_name: which adapter; by default the active one, or the only one.
 
     Raises:
         FileExistsError: path exists.
         TypeError: model is no module.
-        ValueError: the model has no adapter, adapters on meta, or adapters that PEFT's one config
-            cannot describe.
+        ValueError: the model has no adapter of that name, several of which none was named, adapters
+            on meta, or adapters that PEFT's one config cannot describe.
     """
     check_model(model)
     path = check_new(path, "path")
     model = _unwrapped(model)
-    layers = adapter_layers(model)
-    if not layers:
-        raise ValueError("model: expected QLoRALinear layers (nf4.add_lora makes them), found none")
+    layers = adapter_layers(model, adapter_name)
     config = _adapter_config(model, layers)
     tensors = {}
     for name, layer in layers.items():
         if layer.lora_A.is_meta:
             raise ValueError(f"{name}: expected an adapter with values, got one on meta")
-        for side, tensor in (("A", layer.lora_A), ("B", layer.lora_B)):
-            key = ".".join(part for part in (name, f"lora_{side}", "weight") if part)
+        parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+        if layer.lora_magnitude is not None:
+            parts["lora_magnitude_vector"] = layer.lora_magnitude
+        for part, tensor in parts.items():
+            key = f"{name}.{part}" if name else part
             tensors[_PREFIX + key] = tensor.detach().cpu().contiguous()
     with new_folder(path) as folder:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None
+) -> None:
     """Put an adapter saved by `save_adapter` or by PEFT on a quantized model.
 
-    Afterwards the model has exactly the adapters of the file, trainable, and all else is frozen.
+    Without a name the model has exactly the adapter of the file afterwards, called "default";
+    with one, it is put beside those that are there. It is active and trainable, all else is frozen.
+    An adapter that started by PiSSA changes the base as that start did.
 
     Args:
         model: a module with `LinearNF4` or `QLoRALinear` layers; changed in place, and only after
             the whole file has been checked.
         path: folder with PEFT's two files.
+        adapter_name: what to call it.
 
     Raises:
         FileNotFoundError: path or one of its two files is missing.
         TypeError: model is no module.
-        ValueError: a file is corrupt, is not a plain LoRA adapter, or does not fit the model; the
-            message names the file and the tensor.
+        ValueError: a file is corrupt, is no LoRA or DoRA adapter, or does not fit the model, or a
+            layer has an adapter of that name; the message names the file and the tensor.
     """
-    path = Path(path)
+    path, beside, name = Path(path), adapter_name is not None, adapter_name or "default"
     check_model(model)
+    check_adapter_name(name)
     model = _unwrapped(model)
     config = _read_config(path / CONFIG_NAME)
     adapters = _read_tensors(path / WEIGHTS_NAME)
     layers = quantized_layers(model)
+    started = config.get("init_lora_weights")
+    changed_by = started if started == "pissa" else ""
     found: dict[int, _Adapter] = {}
-    for name, tensors in adapters.items():
-        layer = _find_layer(layers, name, path / WEIGHTS_NAME)
-        _check_tensors(layer, name, tensors, path / WEIGHTS_NAME)
-        adapter = _make_adapter(config, name, tensors, path / CONFIG_NAME)
+    for module, tensors in adapters.items():
+        layer = _find_layer(layers, module, path / WEIGHTS_NAME)
+        _check_tensors(layer, module, tensors, path / WEIGHTS_NAME)
+        _check_place(layer, module, name, beside, changed_by)
+        adapter = _make_adapter(config, module, tensors, path / CONFIG_NAME)
         known = found.setdefault(id(layer), adapter)
-        if not (torch.equal(known.lora_A, tensors[0]) and torch.equal(known.lora_B, tensors[1])):
+        if not all(
+            torch.equal(getattr(known, key), getattr(adapter, key)) for key in ("lora_A", "lora_B")
+        ):
             raise ValueError(
-                f"{path / WEIGHTS_NAME}: {name}: expected the tensors of the layer's other name, "
+                f"{path / WEIGHTS_NAME}: {module}: expected the tensors of the layer's other name, "
                 "got different ones"
             )
 
     def convert(layer: LinearNF4) -> LinearNF4:
-        if id(layer) in found:
-            return found[id(layer)].put_on(layer)
-        return layer.to_base() if isinstance(layer, QLoRALinear) else layer
+        adapter = found.get(id(layer))
+        if adapter is None:
+            return layer if beside or not isinstance(layer, QLoRALinear) else layer.to_base()
+        if changed_by and not isinstance(layer, QLoRALinear):
+            s = adapter.scaling()
+            start = initialize(changed_by, layer.weight, None, adapter.options["r"], s)
+            layer = LinearNF4.from_weight(start.q, layer.bias).train(layer.training)
+        adapted = adapter.put_on(layer, name, beside)
+        adapted.base_is_changed_by = changed_by or adapted.base_is_changed_by
+        return adapted
 
     root = layers.get("")
-    if root is not None and (id(root) not in found or not found[id(root)].fits(root)):
+    if root is not None and (
+        id(root) not in found
+        or not (found[id(root)].fits(root, name) or (beside and isinstance(root, QLoRALinear)))
+    ):
         raise ValueError(
             "model: expected a model that holds the layers, or one QLoRALinear of the file's rank; "
             f"a {type(root).__name__} alone cannot be replaced in place"
         )
     replace_layers(model, layers, convert)
     freeze_base(model)
+    set_adapter(model, name)
 
 
-def adapter_layers(model: nn.Module) -> dict[str, QLoRALinear]:
-    """Return the `QLoRALinear` layers of a model by the name they have in files, each once."""
-    modules = model.named_modules()
-    return {_file_name(n): m for n, m in modules if isinstance(m, QLoRALinear)}
+def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoRA]:
+    """Return one adapter's layers by the name they have in files, each once.
+
+    Raises:
+        ValueError: there is no adapter of that name, or no name was given and there are several.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QLoRALinear)}
+    if not layers:
+        raise ValueError("model: expected QLoRALinear layers (nf4.add_lora makes them), found none")
+    known = adapter_names(model)
+    active = {name for layer in layers.values() for name in layer.active_adapters}
+    choices = [adapter_name] if adapter_name is not None else sorted(active) or known
+    if len(choices) != 1 or choices[0] not in known:
+        raise ValueError(f"adapter_name: expected one of {', '.join(known)}, got {adapter_name!r}")
+    return {
+        _file_name(n): m.named_adapters()[choices[0]]
+        for n, m in layers.items()
+        if choices[0] in m.named_adapters()
+    }
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -228,34 +278,73 @@ def _find_layer(layers: dict[str, LinearNF4], name: str, file: Path) -> LinearNF
     )
 
 
-def _check_tensors(layer: LinearNF4, name: str, tensors: tuple[Tensor, Tensor], file: Path) -> None:
-    r = tensors[0].shape[0]
-    expected = ((r, layer.in_features), (layer.out_features, r))
-    found = tuple(tuple(t.shape) for t in tensors)
+def _check_tensors(layer: LinearNF4, name: str, tensors: dict[str, Tensor], file: Path) -> None:
+    r = tensors["lora_A.weight"].shape[0]
+    expected = {"lora_A.weight": (r, layer.in_features), "lora_B.weight": (layer.out_features, r)}
+    found = {part: tuple(tensors[part].shape) for part in expected}
     if found != expected or r < 1:
+        a, b = found.values()
         raise ValueError(
             f"{file}: {name}: expected lora_A and lora_B of shapes (r, {layer.in_features}) and "
-            f"({layer.out_features}, r) with r ≥ 1, got {found[0]} and {found[1]}"
+            f"({layer.out_features}, r) with r ≥ 1, got {a} and {b}"
         )
-    if not all(t.isfinite().all() for t in tensors):
+    magnitude = tensors.get("lora_magnitude_vector")
+    if magnitude is not None and tuple(magnitude.shape) != (layer.out_features,):
+        raise ValueError(
+            f"{file}: {name}: expected lora_magnitude_vector of shape ({layer.out_features},), "
+            f"got {tuple(magnitude.shape)}"
+        )
+    if not all(t.isfinite().all() for t in tensors.values()):
         raise ValueError(f"{file}: {name}: expected finite values, got NaN or an infinity")
 
 
+def _check_place(layer: LinearNF4, module: str, name: str, beside: bool, changed_by: str) -> None:
+    """Raise unless an adapter can be put on a layer with its base as it is."""
+    adapters = list(layer.named_adapters()) if isinstance(layer, QLoRALinear) else []
+    if beside and name in adapters:
+        raise ValueError(f"{module}: expected a layer without adapter {name!r}, it has one")
+    base = layer.base_is_changed_by if isinstance(layer, QLoRALinear) else ""
+    if adapters and base != changed_by:
+        raise ValueError(
+            f"{module}: expected a base {_changed(changed_by)}, on which the adapter of the file "
+            f"was trained, got one {_changed(base)}"
+        )
+
+
+def _changed(by: str) -> str:
+    return f"changed by {by}" if by else "as nf4.quantize_model makes it"
+
+
 def _make_adapter(
-    config: dict[str, Any], name: str, tensors: tuple[Tensor, Tensor], file: Path
+    config: dict[str, Any], name: str, tensors: dict[str, Tensor], file: Path
 ) -> _Adapter:
     r, alpha = (
         _by_pattern(config, pattern, name, config[default], file)
         for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
-    dropout = config.get("lora_dropout", 0.0)
+    options = {
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "use_rslora": config.get("use_rslora") or False,
+        "use_dora": config.get("use_dora") or False,
+    }
     try:
-        check_lora_options(r, alpha, dropout)
+        check_lora_options(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {name}: {error}") from error
-    if r != tensors[0].shape[0]:
-        raise ValueError(f"{file}: {name}: expected tensors of rank {r}, got {len(tensors[0])}")
-    return _Adapter(*tensors, alpha, dropout, bool(config.get("use_rslora")))
+    a, b, magnitude = (
+        tensors.get(key) for key in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    )
+    assert a is not None and b is not None
+    if r != a.shape[0]:
+        raise ValueError(f"{file}: {name}: expected tensors of rank {r}, got {len(a)}")
+    if (magnitude is not None) != options["use_dora"]:
+        what = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
+        raise ValueError(
+            f"{file}: {name}: expected what use_dora={options['use_dora']} needs, got {what}"
+        )
+    return _Adapter(a, b, magnitude, options)
 
 
 def _by_pattern(config: dict[str, Any], option: str, name: str, default: Any, file: Path) -> Any:
@@ -272,8 +361,8 @@ def _by_pattern(config: dict[str, Any], option: str, name: str, default: Any, fi
     return default
 
 
-def _adapter_config(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict[str, Any]:
-    for option in ("lora_dropout", "use_rslora"):
+def _adapter_config(model: nn.Module, layers: dict[str, LoRA]) -> dict[str, Any]:
+    for option in ("lora_dropout", "use_rslora", "use_dora"):
         values = {getattr(layer, option) for layer in layers.values()}
         if len(values) > 1:
             raise ValueError(f"{option}: expected one value for all adapters, got {values}")
@@ -290,6 +379,7 @@ def _adapter_config(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict[st
         "lora_alpha": alpha,
         "lora_dropout": first.lora_dropout,
         "use_rslora": first.use_rslora,
+        "use_dora": first.use_dora,
         "target_modules": _target_modules(model, layers),
         "rank_pattern": {exact[n]: m.r for n, m in layers.items() if m.r != r},
         "alpha_pattern": {
@@ -298,11 +388,11 @@ def _adapter_config(model: nn.Module, layers: dict[str, QLoRALinear]) -> dict[st
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights": getattr(first, "base_is_changed_by", "") or True,
     }
 
 
-def _target_modules(model: nn.Module, layers: dict[str, QLoRALinear]) -> list[str] | str:
+def _target_modules(model: nn.Module, layers: dict[str, LoRA]) -> list[str] | str:
     """Return the shortest form of PEFT's target_modules that names these layers and no others."""
     names = [_file_name(name) for name, _ in model.named_modules()]
     lists = (sorted({name.rpartition(".")[2] for name in layers}), sorted(layers))
@@ -330,7 +420,8 @@ def _read_config(file: Path) -> dict[str, Any]:
         )
         if not plain:
             raise ValueError(f"{file}: expected a plain LoRA adapter, got {option}={value!r}")
-    options = [config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)]
+    options: list[Any] = [config.get(name) for name in ("r", "lora_alpha")]
+    options += [config.get("lora_dropout", 0.0)]
     try:
         check_lora_options(*options)
     except (TypeError, ValueError) as error:
@@ -338,7 +429,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_tensors(file: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a file by module and by the end of their name."""
     if not file.is_file():
         raise FileNotFoundError(
             f"path: expected a folder with {WEIGHTS_NAME}, {file} does not exist"
@@ -347,18 +439,20 @@ def _read_tensors(file: Path) -> dict[str, tuple[Tensor, Tensor]]:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a safetensors file, got {error}") from error
-    sides: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None or tensor.ndim != 2 or not tensor.is_floating_point():
+        dims = 1 if match is not None and match["part"] == "lora_magnitude_vector" else 2
+        if match is None or tensor.ndim != dims or not tensor.is_floating_point():
             raise ValueError(
                 f"{file}: expected matrices called {_PREFIX}<module>.lora_A.weight or "
-                f".lora_B.weight, got {key!r}, {tensor.dtype} {tuple(tensor.shape)}"
+                f".lora_B.weight, and vectors .lora_magnitude_vector, got {key!r}, {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
             )
-        sides.setdefault(match["module"] or "", {})[match["side"]] = tensor
-    for name, pair in sides.items():
-        if len(pair) != 2:
+        modules.setdefault(match["module"] or "", {})[match["part"]] = tensor
+    for name, parts in modules.items():
+        if not {"lora_A.weight", "lora_B.weight"} <= parts.keys():
             raise ValueError(f"{file}: {name}: expected lora_A and lora_B, got only one of them")
-    if not sides:
+    if not modules:
         raise ValueError(f"{file}: expected lora_A and lora_B tensors, got none")
-    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}
+    return modules

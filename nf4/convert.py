@@ -1,8 +1,10 @@
-"""Convert whole models: quantize the linears, add adapters, merge them back."""
+"""Convert whole models: quantize the layers, and make them dense again with adapters merged."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -10,11 +12,10 @@ from torch import Tensor, nn
 
 from nf4.embedding import EmbeddingNF4, is_embedding
 from nf4.experts import PARTS, ExpertsNF4, is_experts
-from nf4.functional import check_block_size, check_weight, quantize
+from nf4.functional import check_block_size, check_weight, dequantize, quantize
 from nf4.linear import (
     LinearNF4,
     QLoRALinear,
-    check_lora_options,
     dense_weight,
     is_conv1d,
     is_linear,
@@ -100,72 +101,50 @@ def quantize_model(
     return replace_layers(model, layers, convert, progress)
 
 
-def add_lora(
-    model: Model,
-    r: int = 16,
-    lora_alpha: float = 32,
-    target_modules: str | Iterable[str] = "all-linear",
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-) -> Model:
-    """Add a trainable low-rank adapter to quantized layers, and freeze everything else.
+@dataclass(frozen=True)
+class MergeError:
+    """How far a merged weight is from base plus adapter, by `merge`.
 
-    Args:
-        model: a module with `LinearNF4` layers; changed in place.
-        r: rank of the adapters, at least 1.
-        lora_alpha: numerator of the scaling.
-        target_modules: as in PEFT: ``"all-linear"`` for every `LinearNF4`; another string is a
-            regular expression for the whole name; a list holds whole names or their last parts.
-        lora_dropout: probability of dropping an input of the adapter in training, in [0, 1).
-        use_rslora: scale by lora_alpha / sqrt(r) instead of lora_alpha / r.
-
-    Returns:
-        The model; a new `QLoRALinear` if the model itself is the layer.
-
-    Raises:
-        TypeError: model is no module, an option has the wrong type, or a target is a dense layer.
-        ValueError: no module matches target_modules, a target has an adapter already, or an option
-            is out of range.
+    Attributes:
+        name: dotted name of the layer.
+        relative: Frobenius norm of the difference over that of base plus adapter.
+        of_update: the same difference over the norm of what the adapter adds, the drift: at 1 the
+            adapter is lost. NaN if it adds nothing.
     """
-    check_model(model)
-    check_lora_options(r, lora_alpha, lora_dropout)
-    targets = _match_targets(model, target_modules)
 
-    def convert(layer: LinearNF4) -> QLoRALinear:
-        return QLoRALinear.from_weight(
-            layer.weight,
-            layer.bias,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            use_rslora=use_rslora,
-        ).train(layer.training)
-
-    model = replace_layers(model, targets, convert)
-    freeze_base(model)
-    return model
+    name: str
+    relative: float
+    of_update: float
 
 
-def merge(model: Model) -> Model:
-    """Make every quantized layer dense again, adapters folded in.
+def merge(
+    model: Model,
+    requantize: bool = False,
+    report: Callable[[MergeError], None] | None = None,
+) -> Model:
+    """Fold adapters into the weights: dense again by default, or in four bits once more.
 
-    Layers become ``torch.nn.Linear``, experts and embeddings what they were. What shared its 4-bit
-    weight shares the dense one, unless an adapter tells them apart.
-
-    The weight is the dequantized one plus the adapter's product, added in fp32 and rounded once to
-    the layer's dtype.
+    The sum is taken in fp32. Dense, it is rounded once to the layer's dtype: layers become
+    ``torch.nn.Linear``, experts and embeddings what they were, and what shared its 4-bit weight
+    shares the dense one, unless an adapter tells them apart. Requantized, layers with an adapter
+    become `LinearNF4` of the same block size, and much of a small adapter may drown in the new
+    rounding: `report` tells.
 
     Args:
         model: a module with `LinearNF4` or `QLoRALinear` layers; changed in place.
+        requantize: keep the weights in four bits.
+        report: called with the `MergeError` of each layer.
 
     Returns:
-        The model; a new ``nn.Linear`` if the model itself is the layer.
+        The model; a new layer if the model itself is one.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: the model has no quantized layer.
+        TypeError: model is no module, or requantize no bool.
+        ValueError: the model has no quantized layer, or none with an adapter to requantize.
     """
     check_model(model)
+    if not isinstance(requantize, bool):
+        raise TypeError(f"requantize: expected a bool, got {type(requantize).__name__}")
     layers = quantized_layers(model)
     embeddings = {
         name: module
@@ -174,7 +153,11 @@ def merge(model: Model) -> Model:
     }
     if not layers and not embeddings:
         raise ValueError(f"model: expected LinearNF4 layers, found none in {type(model).__name__}")
-
+    if requantize:
+        return _merge_requantized(model, layers, report)
+    if report is not None:
+        for name, layer in layers.items():
+            report(merge_error(name, layer.weight, *_exact_and_dense(layer)))
     experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
     inside = tuple(f"{name}." for name in experts)
     layers = {n: m for n, m in layers.items() if not (inside and n.startswith(inside))}
@@ -193,6 +176,58 @@ def merge(model: Model) -> Model:
     model = replace_layers(model, experts, lambda module: module.to_experts())
     model = replace_layers(model, embeddings, to_embedding)
     return replace_layers(model, layers, to_linear)
+
+
+def _exact_and_dense(layer: LinearNF4) -> tuple[Tensor, Tensor]:
+    exact = layer.exact_merged_weight()
+    return exact, exact.to(layer.dtype)
+
+
+def _merge_requantized(
+    model: Model, layers: dict[str, LinearNF4], report: Callable[[MergeError], None] | None
+) -> Model:
+    adapted = {n: m for n, m in layers.items() if isinstance(m, QLoRALinear)}
+    if not adapted:
+        raise ValueError("model: expected layers with adapters to merge, found none")
+    names = {id(layer): name for name, layer in adapted.items()}
+
+    def convert(layer: QLoRALinear) -> LinearNF4:
+        q = requantized(names[id(layer)], layer.exact_merged_weight(), layer.weight, report)
+        return LinearNF4.from_weight(q, layer.bias).train(layer.training)
+
+    return replace_layers(model, adapted, convert)
+
+
+def requantized(
+    name: str, exact: Tensor, base: NF4Tensor, report: Callable[[MergeError], None] | None
+) -> NF4Tensor:
+    """Return a merged weight quantized as its base was.
+
+    Args:
+        name: of the layer.
+        exact: float32, base plus adapters.
+        base: the weight without adapters.
+        report: called with the `MergeError`.
+    """
+    q = replace(quantize(exact, base.block_size, base.double_quant), dtype=base.dtype)
+    if report is not None:
+        report(merge_error(name, base, exact, dequantize(q, torch.float32)))
+    return q
+
+
+def merge_error(name: str, base: NF4Tensor, exact: Tensor, found: Tensor) -> MergeError:
+    """Return how far a merged weight is from what it should be.
+
+    Args:
+        name: of the layer.
+        base: its weight without adapters.
+        exact: float32, base plus adapters.
+        found: floating, what it became.
+    """
+    difference = (found.float() - exact).norm()
+    update = (exact - dequantize(base, torch.float32)).norm()
+    relative = (difference / exact.norm().clamp_min(1e-38)).item()
+    return MergeError(name, relative, (difference / update).item() if update > 0 else math.nan)
 
 
 def dense_layers(
@@ -269,15 +304,6 @@ def quantized_layers(model: nn.Module) -> dict[str, LinearNF4]:
     }
 
 
-def freeze_base(model: nn.Module) -> None:
-    """Let no parameter of a model need a gradient but those of adapters it has."""
-    adapters = [m for m in model.modules() if isinstance(m, QLoRALinear)]
-    kept = {id(p) for m in adapters for p in (m.lora_A, m.lora_B)}
-    for parameter in model.parameters():
-        if id(parameter) not in kept:
-            parameter.requires_grad_(False)
-
-
 def check_model(model: nn.Module) -> None:
     """Raise TypeError unless model is a module."""
     if not isinstance(model, nn.Module):
@@ -315,22 +341,16 @@ def check_names(names: Iterable[str], name: str) -> tuple[str, ...]:
     return found
 
 
-def match_names(names: Iterable[str], targets: Iterable[str]) -> set[str]:
-    """Return the names that a list of targets means to PEFT: equal, or ending in ``.target``."""
-    targets = tuple(targets)
-    ends = tuple(f".{target}" for target in targets)
-    return {name for name in names if name in targets or name.endswith(ends)}
-
-
 def check_skip_modules(skip_modules: str | Iterable[str]) -> str | tuple[str, ...]:
     """Return a regular expression, or names as a tuple; raise if it is neither."""
     if not isinstance(skip_modules, str):
         return check_names(skip_modules, "skip_modules")
-    _compile(skip_modules, "skip_modules")
+    compile_pattern(skip_modules, "skip_modules")
     return skip_modules
 
 
-def _compile(pattern: str, name: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
+    """Return a regular expression, or raise ValueError."""
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -349,37 +369,6 @@ def _is_below(name: str, skip: str | Iterable[str]) -> bool:
         for suffix in (s.split(".") for s in skip)
         for end in range(len(suffix), len(parts) + 1)
     )
-
-
-def _match_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, LinearNF4]:
-    layers = quantized_layers(model)
-    if targets == "all-linear":
-        matched: dict[str, nn.Module] = {**layers}
-    else:
-        modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
-        if isinstance(targets, str):
-            pattern = _compile(targets, "target_modules")
-            matched = {n: m for n, m in modules.items() if pattern.fullmatch(n)}
-        else:
-            targets = list(check_names(targets, "target_modules"))
-            named = match_names(modules, targets)
-            matched = {n: m for n, m in modules.items() if n in named}
-    if not matched:
-        kinds = sorted({n.rpartition(".")[2] for n in layers})
-        raise ValueError(
-            f"target_modules: expected names of LinearNF4 layers, {targets!r} matches none; "
-            f"the model has {', '.join(kinds) or 'no LinearNF4 (run nf4.quantize_model first)'}"
-        )
-    for name, module in matched.items():
-        if isinstance(module, QLoRALinear):
-            raise ValueError(f"{name}: expected a layer without adapter, got one with r={module.r}")
-        if not isinstance(module, LinearNF4):
-            raise TypeError(
-                f"{name}: expected a LinearNF4 (nf4.quantize_model makes them), "
-                f"got {type(module).__name__}"
-            )
-    objects = {id(module) for module in matched.values()}
-    return {name: layer for name, layer in layers.items() if id(layer) in objects}
 
 
 def replace_layers(

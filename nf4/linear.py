@@ -13,11 +13,11 @@ from nf4.functional import (
     check_weight,
     dequantize,
     linear,
-    lora_linear,
     quantize,
     to_fragments,
     to_rows,
 )
+from nf4.lora import LowRank, adapted_linear, fold, mixed_linear, weight_norm
 from nf4.quantized_module import QuantizedModule
 from nf4.tensor import NF4Tensor, check_nf4
 
@@ -197,6 +197,10 @@ class LinearNF4(QuantizedModule):
         """Return the dense weight ``[out_features, in_features]`` in `dtype`."""
         return dequantize(self.weight)
 
+    def exact_merged_weight(self) -> Tensor:
+        """Return `merged_weight` before it is rounded to `dtype`: float32."""
+        return dequantize(self.weight, torch.float32)
+
     def to_linear(self, weight: Tensor | None = None) -> nn.Linear:
         """Return a ``torch.nn.Linear`` with `merged_weight`; it shares a bias of the same dtype.
 
@@ -223,12 +227,81 @@ class LinearNF4(QuantizedModule):
         )
 
 
-class QLoRALinear(LinearNF4):
+class LoRA(nn.Module):
+    """The parameters of one adapter: ``lora_A``, ``lora_B`` and, with DoRA, ``lora_magnitude``.
+
+    ``lora_A`` float32 ``[r, in_features]`` starts as PEFT's does and ``lora_B`` float32
+    ``[out_features, r]`` at zero; ``lora_magnitude`` float32 ``[out_features]`` at the length of
+    each row of the weight. The options are those of `QLoRALinear`.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter | None
+
+    def _set_options(
+        self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, use_dora: bool
+    ) -> None:
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.use_rslora, self.use_dora = use_rslora, use_dora
+
+    def _make_adapter(self, q: NF4Tensor) -> None:
+        (n, k), options = q.shape, {"dtype": torch.float32, "device": q.device}
+        self.lora_A = nn.Parameter(torch.empty(self.r, k, **options))  # type: ignore[call-overload]
+        self.lora_B = nn.Parameter(torch.zeros(n, self.r, **options))  # type: ignore[call-overload]
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.register_parameter("lora_magnitude", None)
+        if self.use_dora:
+            self.lora_magnitude = nn.Parameter(weight_norm(q))
+
+    @classmethod
+    def of(cls, q: NF4Tensor, **options: Any) -> "LoRA":
+        """Return a new adapter for a quantized weight."""
+        adapter = cls()
+        adapter._set_options(**options)
+        adapter._make_adapter(q)
+        return adapter
+
+    @torch.no_grad()
+    def start_from(self, q: NF4Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Set the adapter's values, and the lengths to those of W + s B A."""
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        if self.lora_magnitude is not None:
+            self.lora_magnitude.copy_(weight_norm(q, self.low_rank()))
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the adapter's output."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def parameters_of_adapter(self) -> list[nn.Parameter]:
+        """Return what is trained of the adapter."""
+        found = (self.lora_A, self.lora_B, self.lora_magnitude)
+        return [p for p in found if p is not None]
+
+    def low_rank(self) -> LowRank:
+        """Return what the adapter computes with, dropout only in training."""
+        dropout_p = self.lora_dropout if self.training else 0.0
+        return LowRank(self.lora_A, self.lora_B, self.scaling, dropout_p, self.lora_magnitude)
+
+    def extra_repr(self) -> str:
+        """Describe the adapter in ``print(model)``."""
+        return (
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
+            f"use_rslora={self.use_rslora}, use_dora={self.use_dora}"
+        )
+
+
+class QLoRALinear(LinearNF4, LoRA):
     """A `LinearNF4` with a trainable low-rank adapter: y = x W^T + s dropout(x) A^T B^T + bias.
 
     ``lora_A`` float32 ``[r, in_features]`` starts as PEFT's does and ``lora_B`` float32
     ``[out_features, r]`` at zero, so that the first output equals the base's. s is lora_alpha / r,
-    or lora_alpha / sqrt(r) with use_rslora.
+    or lora_alpha / sqrt(r) with use_rslora. DoRA learns ``lora_magnitude`` ``[out_features]`` too.
+
+    The first adapter's parameters are the layer's own; `add_adapter` puts others beside it, under
+    ``adapters.<name>``, and `active_adapters` says which are computed.
 
     Args:
         in_features: size of each input.
@@ -240,15 +313,14 @@ class QLoRALinear(LinearNF4):
         lora_alpha: numerator of the scaling.
         lora_dropout: probability of dropping an input of the adapter in training, in [0, 1).
         use_rslora: divide lora_alpha by sqrt(r) (https://arxiv.org/abs/2312.03732).
+        use_dora: learn the length of each row of the weight (https://arxiv.org/abs/2402.09353).
+        adapter_name: of the first adapter.
         **options: block_size and double_quant of `LinearNF4`.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: r is below 1, lora_dropout outside [0, 1), or lora_alpha not finite.
     """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
 
     def __init__(
         self,
@@ -262,52 +334,76 @@ class QLoRALinear(LinearNF4):
         lora_alpha: float = 32,
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
+        use_dora: bool = False,
+        adapter_name: str = "default",
         **options: Any,
     ) -> None:
-        check_lora_options(r, lora_alpha, lora_dropout)
+        check_lora_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
+        check_adapter_name(adapter_name)
         super().__init__(in_features, out_features, bias, device, dtype, **options)
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.use_rslora = use_rslora
-        self._make_adapter()
-
-    def _make_adapter(self) -> None:
-        device = self.packed.device
-        lora_A = torch.empty(self.r, self.in_features, dtype=torch.float32, device=device)
-        lora_B = torch.zeros(self.out_features, self.r, dtype=torch.float32, device=device)
-        self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self._set_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
+        self.adapter_name = adapter_name
+        self.active_adapters: tuple[str, ...] = (adapter_name,)
+        self.adapters: nn.ModuleDict | None = None  # further ones
+        self.base_is_changed_by = ""  # "pissa" or "loftq", if the adapter fits no other base
+        self.samples: tuple[str | None, ...] | None = None  # adapters of a batch's samples
+        self._make_adapter(self.weight)
 
     @classmethod
     def from_weight(cls, q: NF4Tensor, bias: Tensor | None = None, **options: Any) -> Self:
         """Make a layer with a new adapter around a quantized weight; as `LinearNF4.from_weight`."""
         layer = super().from_weight(q, bias, **options)
-        layer._make_adapter()
+        layer._make_adapter(q)
         return layer
 
-    @property
-    def scaling(self) -> float:
-        """Factor of the adapter's output."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def add_adapter(self, name: str, adapter: LoRA) -> None:
+        """Put another adapter beside the first; it is not active yet.
+
+        Raises:
+            ValueError: the layer has an adapter of that name.
+        """
+        check_adapter_name(name)
+        if name in self.named_adapters():
+            raise ValueError(f"expected a name without adapter, got {name!r}, which is taken")
+        if self.adapters is None:
+            self.adapters = nn.ModuleDict()
+        self.adapters[name] = adapter.train(self.training)
+
+    def named_adapters(self) -> dict[str, LoRA]:
+        """Return the adapters by name, the first one being the layer itself."""
+        more: Any = () if self.adapters is None else self.adapters.items()
+        return {self.adapter_name: self, **dict(more)}
+
+    def set_adapter(self, *names: str) -> None:
+        """Compute and train these adapters and no others; none for the base alone.
+
+        Names of adapters that are on other layers only mean none here.
+        """
+        adapters = self.named_adapters()
+        self.active_adapters = tuple(name for name in names if name in adapters)
+        for name, adapter in adapters.items():
+            for parameter in adapter.parameters_of_adapter():
+                parameter.requires_grad_(name in self.active_adapters)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return base plus adapter, ``[..., out_features]`` in the dtype of input."""
-        return lora_linear(
-            input,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            self.bias,
-            self.lora_dropout if self.training else 0.0,
-        )
+        """Return base plus active adapters, ``[..., out_features]`` in the dtype of input."""
+        adapters = self.named_adapters()
+        if self.samples is not None:
+            low = {name: adapter.low_rank() for name, adapter in adapters.items()}
+            samples = [None if name is None else low.get(name) for name in self.samples]
+            return mixed_linear(input, self.weight, self.bias, samples)
+        active = [adapters[name].low_rank() for name in self.active_adapters]
+        return adapted_linear(input, self.weight, self.bias, active)
 
     def merged_weight(self) -> Tensor:
-        """Return the dense weight with the adapter added in fp32 and rounded once to `dtype`."""
-        with torch.no_grad():
-            w = dequantize(self.weight, torch.float32)
-            return w.addmm_(self.lora_B.float(), self.lora_A.float(), alpha=self.scaling).to(
-                self.dtype
-            )
+        """Return the dense weight, active adapters added in fp32 and rounded once to `dtype`."""
+        return self.exact_merged_weight().to(self.dtype)
+
+    def exact_merged_weight(self) -> Tensor:
+        """Return `merged_weight` before it is rounded to `dtype`: float32."""
+        adapters = self.named_adapters()
+        active = [adapters[name].low_rank() for name in self.active_adapters]
+        return fold(dequantize(self.weight, torch.float32), self.weight, active)
 
     def to_base(self) -> LinearNF4:
         """Return the frozen layer without the adapter; it shares weight and bias."""
@@ -315,14 +411,28 @@ class QLoRALinear(LinearNF4):
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
-        return (
-            f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, "
-            f"lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}"
-        )
+        return f"{LinearNF4.extra_repr(self)}, {LoRA.extra_repr(self)}"
 
 
-def check_lora_options(r: int, lora_alpha: float, lora_dropout: float) -> None:
+def check_adapter_name(name: str) -> None:
+    """Raise TypeError or ValueError unless name can be that of an adapter."""
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name: expected a string, got {type(name).__name__}")
+    if not name or "." in name:
+        raise ValueError(f"adapter_name: expected a name without dots, got {name!r}")
+
+
+def check_lora_options(
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+) -> None:
     """Raise TypeError or ValueError unless an adapter can be made with these options."""
+    for name, value in (("use_rslora", use_rslora), ("use_dora", use_dora)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"r: expected an int, got {type(r).__name__}")
     if r < 1:

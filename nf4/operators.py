@@ -20,12 +20,12 @@ from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.reference.embedding import embedding, gather_scales
 from nf4.reference.linear import accumulator
 
-_WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
-_LAYOUT = "str layout='rows'"
+WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
+LAYOUT = "str layout='rows'"
 _LORA = "Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, Tensor? seed"
 
 
-def _define(
+def define(
     name: str,
     schema: str,
     compute: Callable[..., Any],
@@ -33,6 +33,16 @@ def _define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> None:
+    """Register an operator ``nf4::name``.
+
+    Args:
+        name: by which `call` finds it.
+        schema: arguments and results.
+        compute: what it computes.
+        fake: the results' shapes and dtypes alone.
+        backward: its gradient.
+        setup_context: what backward keeps.
+    """
     qualified = f"nf4::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "CompositeExplicitAutograd")(compute)
@@ -347,81 +357,80 @@ def _lora_linear_autograd(ctx: Any, dy: Tensor, dt: None) -> tuple[Tensor | None
     return dx, None, None, None, None, dbias, dA, dB, None, None, None, None, None, None
 
 
-_define(
+define(
     "quantize",
     "(Tensor w, int block_size, bool check) -> (Tensor, Tensor)",
     _quantize,
     _quantize_fake,
 )
-_define(
+define(
     "quantize_out",
     "(Tensor w, int block_size, bool check, Tensor(a!) packed, Tensor(b!) absmax) -> ()",
     _quantize_out,
     _nothing,
 )
-_define(
+define(
     "quantize_absmax",
     "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
     _quantize_absmax,
     _quantize_absmax_fake,
 )
-_define(
+define(
     "quantize_absmax_out",
     "(Tensor absmax, Tensor(a!) codes, Tensor(b!) absmax2, Tensor(c!) offset) -> ()",
     _quantize_absmax_out,
     _nothing,
 )
-_define(
+define(
     "dequantize",
-    f"({_WEIGHT}, SymInt[] shape, int block_size, ScalarType dtype, {_LAYOUT}) -> Tensor",
+    f"({WEIGHT}, SymInt[] shape, int block_size, ScalarType dtype, {LAYOUT}) -> Tensor",
     _dequantize,
     _dequantize_fake,
 )
-_define(
+define(
     "dequantize_out",
-    f"({_WEIGHT}, int block_size, Tensor(a!) out, {_LAYOUT}) -> ()",
+    f"({WEIGHT}, int block_size, Tensor(a!) out, {LAYOUT}) -> ()",
     _dequantize_out,
     _nothing,
 )
-_define(
+define(
     "embedding",
-    f"(Tensor rows, {_WEIGHT}, SymInt k, int block_size, ScalarType dtype) -> Tensor",
+    f"(Tensor rows, {WEIGHT}, SymInt k, int block_size, ScalarType dtype) -> Tensor",
     _embedding,
     _embedding_fake,
 )
-_define(
+define(
     "repack",
     "(Tensor packed, Tensor absmax, SymInt rows, SymInt columns, str layout) -> (Tensor, Tensor)",
     _repack,
     _repack_fake,
 )
-_define(
+define(
     "linear_backward",
-    f"(Tensor dy, {_WEIGHT}, SymInt in_features, int block_size, {_LAYOUT}) -> Tensor",
+    f"(Tensor dy, {WEIGHT}, SymInt in_features, int block_size, {LAYOUT}) -> Tensor",
     _linear_backward,
     lambda dy, *args: dy.new_empty((*dy.shape[:-1], args[4])),
     _no_double_backward,
 )
-_define(
+define(
     "linear",
-    f"(Tensor x, {_WEIGHT}, Tensor? bias, SymInt out_features, int block_size, {_LAYOUT})"
-    " -> Tensor",
+    f"(Tensor x, {WEIGHT}, Tensor? bias, SymInt out_features, int block_size, {LAYOUT}) -> Tensor",
     _linear,
     _linear_fake,
     _linear_autograd,
     _linear_setup_context,
 )
-_define(
+define(
     "lora_linear_backward",
-    f"(Tensor dy, Tensor? x, Tensor? t, {_WEIGHT}, {_LORA}, int block_size, bool[] needs, "
-    f"{_LAYOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, Tensor? x, Tensor? t, {WEIGHT}, {_LORA}, int block_size, bool[] needs, "
+    f"{LAYOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
     _lora_linear_backward,
     _lora_linear_backward_fake,
     _no_double_backward,
 )
-_define(
+define(
     "lora_linear",
-    f"(Tensor x, {_WEIGHT}, Tensor? bias, {_LORA}, bool need_t, int block_size, {_LAYOUT})"
+    f"(Tensor x, {WEIGHT}, Tensor? bias, {_LORA}, bool need_t, int block_size, {LAYOUT})"
     " -> (Tensor, Tensor)",
     _lora_linear,
     _lora_linear_fake,

@@ -237,6 +237,8 @@ def truncate(folder) -> None:
 
 UP_A = "base_model.model.up.lora_A.weight"
 UP_B = "base_model.model.up.lora_B.weight"
+DOWN_M = "base_model.model.down.lora_magnitude_vector"
+UP_M = "base_model.model.up.lora_magnitude_vector"
 BAD_FILES = {
     "no_folder": (lambda f: f.rename(f.with_name("gone")), FileNotFoundError, "does not exist"),
     "no_weights": (
@@ -261,7 +263,24 @@ BAD_FILES = {
         "expected peft_type 'LORA', got 'list'",
     ),
     "ia3": (lambda f: edit_config(f, peft_type="IA3"), ValueError, "'LORA', got 'IA3'"),
-    "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "plain LoRA .*use_dora=True"),
+    "dora": (
+        lambda f: edit_config(f, use_dora=True),
+        ValueError,
+        "expected what use_dora=True needs, got no lora_magnitude_vector",
+    ),
+    "magnitude": (
+        lambda f: edit_tensors(f, lambda t: t.update({UP_M: torch.ones(160)})),
+        ValueError,
+        "up: expected what use_dora=False needs, got a lora_magnitude_vector",
+    ),
+    "magnitude_shape": (
+        lambda f: (
+            edit_config(f, use_dora=True),
+            edit_tensors(f, lambda t: t.update({UP_M: torch.ones(159), DOWN_M: torch.ones(96)})),
+        ),
+        ValueError,
+        r"up: expected lora_magnitude_vector of shape \(160,\), got \(159,\)",
+    ),
     "bias": (lambda f: edit_config(f, bias="all"), ValueError, "bias='all'"),
     "r": (lambda f: edit_config(f, r=0), ValueError, "r: expected an int of at least 1, got 0"),
     "r_none": (lambda f: edit_config(f, r=None), ValueError, "r: expected an int, got NoneType"),
@@ -337,10 +356,10 @@ BAD_FILES = {
         ValueError,
         "alpha_pattern: expected regular expressions and values",
     ),
-    "pissa": (
-        lambda f: edit_config(f, init_lora_weights="pissa"),
+    "olora": (
+        lambda f: edit_config(f, init_lora_weights="olora"),
         ValueError,
-        "init_lora_weights='pissa'",
+        "init_lora_weights='olora'",
     ),
     "rslora_text": (lambda f: edit_config(f, use_rslora="false"), ValueError, "use_rslora='false'"),
     "unknown_option": (lambda f: edit_config(f, use_new=True), ValueError, "use_new=True"),

@@ -317,7 +317,7 @@ BAD = {
     "lora_twice": (
         lambda: nf4.add_lora(nf4.add_lora(quantized(), r=3)),
         ValueError,
-        "0: expected a layer without adapter, got one with r=3",
+        "0: expected a layer without adapter 'default', got one with r=3",
     ),
     "merge_dense": (lambda: nf4.merge(nn.Linear(8, 8)), ValueError, "expected LinearNF4 layers"),
     "merge_model": (lambda: nf4.merge(3), TypeError, "expected a torch.nn.Module, got int"),

@@ -82,7 +82,7 @@ def test_peft_gives_the_same_as_on_dense_weights(options, bases, tmp_path) -> No
 
 
 def test_one_adapter_is_one_fused_call(bases, monkeypatch) -> None:
-    from nf4.integrations import peft as module
+    from nf4 import lora as module
 
     calls, fused = [], module.lora_linear
     monkeypatch.setattr(module, "lora_linear", lambda *args: calls.append(args) or fused(*args))
@@ -204,7 +204,11 @@ def test_trainer_of_transformers_lowers_the_loss(bases, tmp_path) -> None:
 
 
 BAD_OPTIONS = {
-    "pissa": ({"init_lora_weights": "pissa"}, "expected one that leaves the base weight"),
+    "olora": ({"init_lora_weights": "olora"}, "expected 'pissa' or one that leaves the base weig"),
+    "loftq": (
+        {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+        "for LoftQ see replace_lora_weights_loftq",
+    ),
     "alora": (
         {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
         "alora_invocation_tokens: expected LoRA or DoRA",

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from nf4.adapters import add_lora
 from nf4.checkpoint import load_adapter, save_adapter
-from nf4.convert import add_lora, merge, quantize_model, quantized_layers
+from nf4.convert import merge, quantize_model, quantized_layers
 from nf4.demo import data, plots
 from nf4.demo.train import batches, race, train
 from nf4.error import LayerError, model_error, perplexity

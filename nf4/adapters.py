@@ -1,0 +1,248 @@
+"""Adapters of a whole model: add them, choose among them, switch them off."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from nf4.convert import (
+    Model,
+    check_model,
+    check_names,
+    compile_pattern,
+    quantized_layers,
+    replace_layers,
+)
+from nf4.initialize import INITIALIZATIONS, check_rank, dense_source, initialize
+from nf4.linear import LinearNF4, LoRA, QLoRALinear, check_adapter_name, check_lora_options
+
+
+def add_lora(
+    model: Model,
+    r: int = 16,
+    lora_alpha: float = 32,
+    target_modules: str | Iterable[str] = "all-linear",
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    *,
+    use_dora: bool = False,
+    adapter_name: str = "default",
+    init_lora_weights: bool | str = True,
+    original: nn.Module | Mapping[str, Tensor] | str | None = None,
+) -> Model:
+    """Add a trainable low-rank adapter to quantized layers, and freeze everything else.
+
+    A layer may have several adapters, by name; the one added last is active, see `set_adapter`.
+
+    Args:
+        model: a module with `LinearNF4` layers; changed in place.
+        r: rank of the adapters, at least 1.
+        lora_alpha: numerator of the scaling.
+        target_modules: as in PEFT: ``"all-linear"`` for every `LinearNF4`; another string is a
+            regular expression for the whole name; a list holds whole names or their last parts.
+        lora_dropout: probability of dropping an input of the adapter in training, in [0, 1).
+        use_rslora: scale by lora_alpha / sqrt(r) instead of lora_alpha / r.
+        use_dora: learn the length of each row of the weight too
+            (https://arxiv.org/abs/2402.09353).
+        adapter_name: by which the adapter is chosen.
+        init_lora_weights: True for PEFT's start, at which the adapter adds nothing. ``"pissa"``
+            takes the largest singular vectors of the weight, and quantizes what is left as the new
+            base (https://arxiv.org/abs/2404.02948). ``"loftq"`` takes those of what quantization
+            lost (https://arxiv.org/abs/2310.08659, one alternation: the base stays); it needs
+            original.
+        original: the weights before quantization: the dense model, its state dict, or a folder of
+            safetensors. PiSSA takes the dequantized ones without it.
+
+    Returns:
+        The model; a new `QLoRALinear` if the model itself is the layer.
+
+    Raises:
+        TypeError: model is no module, an option has the wrong type, or a target is a dense layer.
+        ValueError: no module matches target_modules, a target has an adapter of that name already,
+            an option is out of range, or a weight of original is missing or has another shape.
+    """
+    check_model(model)
+    check_lora_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
+    check_adapter_name(adapter_name)
+    kind = "" if init_lora_weights is True else init_lora_weights
+    if kind not in ("", *INITIALIZATIONS):
+        raise ValueError(
+            f"init_lora_weights: expected True or one of {', '.join(INITIALIZATIONS)}, "
+            f"got {init_lora_weights!r}"
+        )
+    targets = _match_targets(model, target_modules, adapter_name)
+    adapted = [name for name, layer in targets.items() if isinstance(layer, QLoRALinear)]
+    if kind == "pissa" and adapted:
+        raise ValueError(
+            f"{adapted[0]}: expected a layer without adapter for pissa, which changes the base"
+        )
+    for layer in targets.values() if kind else ():
+        check_rank(r, layer.weight, str(kind))
+    names = {id(layer): name for name, layer in targets.items()}
+    source = dense_source(original, targets, needed=kind == "loftq") if kind else None
+    options = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "use_rslora": use_rslora,
+        "use_dora": use_dora,
+    }
+
+    def convert(layer: LinearNF4) -> QLoRALinear:
+        scaling = lora_alpha / (r**0.5 if use_rslora else r)
+        start = None
+        if kind:
+            dense = None if source is None else source(names[id(layer)])
+            start = initialize(str(kind), layer.weight, dense, r, scaling)
+        if isinstance(layer, QLoRALinear):
+            layer.add_adapter(adapter_name, LoRA.of(layer.weight, **options))
+            new = layer
+        else:
+            q = layer.weight if start is None else start.q
+            new = QLoRALinear.from_weight(q, layer.bias, adapter_name=adapter_name, **options)
+            new.train(layer.training)
+            new.base_is_changed_by = "pissa" if kind == "pissa" else ""
+        if start is not None:
+            new.named_adapters()[adapter_name].start_from(new.weight, start.lora_A, start.lora_B)
+        return new
+
+    model = replace_layers(model, targets, convert)
+    freeze_base(model)
+    set_adapter(model, adapter_name)
+    return model
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Iterable[str] | None) -> None:
+    """Compute and train one adapter, several at once, or none.
+
+    Args:
+        model: a module with `QLoRALinear` layers; layers without an adapter of that name compute
+            their base alone.
+        adapter_name: a name, a list of names, or None for the base alone.
+
+    Raises:
+        TypeError: model is no module, or adapter_name neither names nor None.
+        ValueError: no layer has an adapter of that name; nothing is changed then.
+    """
+    check_model(model)
+    if adapter_name is None:
+        names: tuple[str, ...] = ()
+    elif isinstance(adapter_name, str):
+        names = (adapter_name,)
+    else:
+        names = check_names(adapter_name, "adapter_name")
+    _check_known(model, names)
+    for layer in _adapted(model):
+        layer.set_adapter(*names)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of a model's adapters, in the order in which they were added."""
+    check_model(model)
+    return list(dict.fromkeys(name for m in _adapted(model) for name in m.named_adapters()))
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Compute the base alone within a ``with`` block."""
+    check_model(model)
+    before = [(layer, layer.active_adapters) for layer in _adapted(model)]
+    try:
+        for layer, _ in before:
+            layer.active_adapters = ()
+        yield
+    finally:
+        for layer, names in before:
+            layer.active_adapters = names
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
+    """Compute each sample of a batch with an adapter of its own within a ``with`` block.
+
+    Args:
+        model: a module with `QLoRALinear` layers, whose inputs keep samples in their first
+            dimension.
+        adapter_names: one name a sample; None for the base alone.
+
+    Raises:
+        TypeError: model is no module, or adapter_names no list of names.
+        ValueError: no layer has an adapter of that name, or a batch of another size comes.
+    """
+    check_model(model)
+    names = tuple(adapter_names)
+    _check_known(model, check_names([n for n in names if n is not None], "adapter_names"))
+    layers = _adapted(model)
+    try:
+        for layer in layers:
+            layer.samples = names
+        yield
+    finally:
+        for layer in layers:
+            layer.samples = None
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Let no parameter of a model need a gradient but those of adapters it has."""
+    adapters = [a for m in _adapted(model) for a in m.named_adapters().values()]
+    kept = {id(p) for adapter in adapters for p in adapter.parameters_of_adapter()}
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+
+
+def _match_targets(
+    model: nn.Module, targets: str | Iterable[str], adapter_name: str
+) -> dict[str, LinearNF4]:
+    layers = quantized_layers(model)
+    if targets == "all-linear":
+        matched: dict[str, nn.Module] = {**layers}
+    else:
+        modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
+        if isinstance(targets, str):
+            pattern = compile_pattern(targets, "target_modules")
+            matched = {n: m for n, m in modules.items() if pattern.fullmatch(n)}
+        else:
+            targets = list(check_names(targets, "target_modules"))
+            named = match_names(modules, targets)
+            matched = {n: m for n, m in modules.items() if n in named}
+    if not matched:
+        kinds = sorted({n.rpartition(".")[2] for n in layers})
+        raise ValueError(
+            f"target_modules: expected names of LinearNF4 layers, {targets!r} matches none; "
+            f"the model has {', '.join(kinds) or 'no LinearNF4 (run nf4.quantize_model first)'}"
+        )
+    for name, module in matched.items():
+        if isinstance(module, QLoRALinear) and adapter_name in module.named_adapters():
+            raise ValueError(
+                f"{name}: expected a layer without adapter {adapter_name!r}, got one with "
+                f"r={module.named_adapters()[adapter_name].r}"
+            )
+        if not isinstance(module, LinearNF4):
+            raise TypeError(
+                f"{name}: expected a LinearNF4 (nf4.quantize_model makes them), "
+                f"got {type(module).__name__}"
+            )
+    objects = {id(module) for module in matched.values()}
+    return {name: layer for name, layer in layers.items() if id(layer) in objects}
+
+
+def match_names(names: Iterable[str], targets: Iterable[str]) -> set[str]:
+    """Return the names that a list of targets means to PEFT: equal, or ending in ``.target``."""
+    targets = tuple(targets)
+    ends = tuple(f".{target}" for target in targets)
+    return {name for name in names if name in targets or name.endswith(ends)}
+
+
+def _adapted(model: nn.Module) -> list[QLoRALinear]:
+    return [module for module in model.modules() if isinstance(module, QLoRALinear)]
+
+
+def _check_known(model: nn.Module, names: Iterable[str]) -> None:
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"adapter_name: expected one of {', '.join(known) or 'none: there is no adapter'}, "
+                f"got {name!r}"
+            )

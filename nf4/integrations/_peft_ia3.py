@@ -1,0 +1,137 @@
+"""PEFT's (IA)³ on a `LinearNF4`: the layer that nf4.integrations.peft puts there."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import peft.tuners.tuners_utils as peft_utils
+import torch
+from peft import IA3Config
+from peft.tuners.ia3.layer import IA3Layer
+from torch import Tensor, nn
+
+from nf4.functional import dequantize
+from nf4.linear import LinearNF4
+
+
+class NF4IA3Linear(nn.Module, IA3Layer):  # type: ignore[misc]
+    """PEFT's (IA)³ on a `LinearNF4`: a learned factor for each of its outputs, or inputs.
+
+    Args:
+        base_layer: a `LinearNF4`.
+        adapter_name: of the first adapter.
+        config: of the first adapter.
+        is_feedforward: whether inputs are scaled.
+        **options: what else PEFT passes on.
+    """
+
+    _check_forward_args: Any
+    active_adapters: list[str]
+    disable_adapters: bool
+    get_base_layer: Any
+    ia3_l: Any
+    merged: bool
+    merged_adapters: list[str]
+    update_layer: Any
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: IA3Config,
+        is_feedforward: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        layer: Any = base_layer
+        while isinstance(layer, peft_utils.BaseTunerLayer):
+            layer = layer.get_base_layer()
+        with torch.device("meta"):  # IA3Layer reads the sizes of a layer that it knows
+            sizes = nn.Linear(layer.in_features, layer.out_features)
+        IA3Layer.__init__(self, sizes, is_feedforward=is_feedforward)
+        self.base_layer = base_layer
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        self._merged: Tensor | None = None  # dense, while adapters are merged
+        self.update_layer(adapter_name, config=config)
+
+    @property
+    def base(self) -> LinearNF4:
+        """The quantized layer."""
+        layer: LinearNF4 = self.get_base_layer()
+        return layer
+
+    def _factor(self, names: Iterable[str]) -> Tensor | None:
+        """Return the product of adapters' factors, ``[in_features]`` or ``[out_features]``."""
+        factors = [self.ia3_l[name].flatten() for name in names if name in self.ia3_l]
+        if not factors:
+            return None
+        product: Tensor = math.prod(factors[1:], start=factors[0])
+        return product
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the scaled output, ``[..., out_features]`` in the dtype of x."""
+        y: Tensor
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self._merged is not None:
+            bias = self._merged_bias()
+            return nn.functional.linear(x, self._merged.to(x.dtype), bias)
+        factor = None if self.disable_adapters else self._factor(self.active_adapters)
+        if factor is None:
+            y = self.base(x)
+        elif self.is_feedforward:
+            y = self.base((x * factor).to(x.dtype))
+        else:
+            y = (self.base(x) * factor).to(x.dtype)
+        return y
+
+    def _merged_bias(self) -> Tensor | None:
+        bias, factor = self.base.bias, self._factor(self.merged_adapters)
+        if bias is None or factor is None or self.is_feedforward:
+            return bias
+        return (bias * factor).to(bias.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into a dense weight that is held beside the quantized one until `unmerge`.
+
+        Args:
+            safe_merge: raise ValueError, and change nothing, if the result is not finite.
+            adapter_names: all active ones by default.
+        """
+        names = peft_utils.check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.ia3_l]
+        if not names:
+            return
+        factor = self._factor([*self.merged_adapters, *names])
+        assert factor is not None
+        w = dequantize(self.base.weight, torch.float32)
+        w = w * (factor.detach() if self.is_feedforward else factor.detach()[:, None])
+        merged = w.to(self.base.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"adapter {', '.join(names)}: expected finite weights after merging")
+        self._merged = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Drop the dense weight: the quantized one was never changed."""
+        self._merged = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the layer without adapters: quantized, or dense with adapters folded in."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        if self._merged is None:
+            return self.base
+        bias = self._merged_bias()
+        dense = self.base.to_linear(nn.Parameter(self._merged))
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().to(self.base.dtype))
+        return dense
+
+    def __repr__(self) -> str:
+        """Name the layer as PEFT names its own."""
+        return "ia3." + super().__repr__()

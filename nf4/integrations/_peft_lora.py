@@ -1,0 +1,237 @@
+"""PEFT's LoRA on a `LinearNF4`: the layer that nf4.integrations.peft puts there."""
+
+import copy
+from typing import Any
+
+import peft.tuners.tuners_utils as peft_utils
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from nf4.convert import MergeError, merge_error
+from nf4.functional import dequantize
+from nf4.initialize import initialize
+from nf4.linear import LinearNF4
+from nf4.lora import LowRank, adapted_linear, fold, mixed_linear, weight_norm
+
+# Options of LoraConfig that ask for another computation than LoRA's or DoRA's
+_OTHER_METHODS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "bdlora_config",
+    "monteclora_config",
+    "use_qalora",
+    "velora_config",
+)
+# Initializations that change the base weight, which is frozen in four bits here
+_CHANGE_THE_BASE = ("pissa_niter", "corda", "olora", "loftq", "mica", "lora_ga")
+
+
+class Magnitude(nn.Module):
+    """DoRA's length of each row of the weight, under the name that PEFT's files give it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class NF4LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
+    """PEFT's adapters on a `LinearNF4`: as many as are added, any of them active.
+
+    One adapter is computed with its base in one call of `nf4.lora_linear`; others are added to it.
+
+    Args:
+        base_layer: a `LinearNF4`.
+        adapter_name: of the first adapter.
+        config: of the first adapter.
+        r: its rank.
+        lora_alpha: numerator of its scaling.
+        **options: what else PEFT passes on.
+
+    Raises:
+        ValueError: the config asks for a method or an initialization that is not there.
+    """
+
+    # What LoraLayer has; most of it by the name of the adapter
+    _check_forward_args: Any
+    active_adapters: list[str]
+    adapter_layer_names: tuple[str, ...]
+    disable_adapters: bool
+    get_base_layer: Any
+    merged: bool
+    set_adapter: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+    lora_bias: dict[str, bool]
+    use_dora: dict[str, bool]
+    r: dict[str, int]
+    scaling: dict[str, float]
+    merged_adapters: list[str]
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int = 0,
+        lora_alpha: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer, **options)
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        self._merged: Tensor | None = None  # dense, while adapters are merged
+        self.merge_error: MergeError | None = None  # of the last merge
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **options: Any
+    ) -> None:
+        """Add an adapter; PEFT calls this."""
+        for name in _OTHER_METHODS:
+            if getattr(config, name, None):
+                raise ValueError(f"{name}: expected LoRA or DoRA on a LinearNF4, got {name} set")
+        start = config.init_lora_weights
+        if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+            raise ValueError(
+                "init_lora_weights: expected 'pissa' or one that leaves the base weight, got "
+                f"{start!r}; for LoftQ see replace_lora_weights_loftq of this module"
+            )
+        pissa = isinstance(start, str) and start.lower() == "pissa"
+        if pissa and self.lora_A:
+            raise ValueError(
+                "init_lora_weights: expected 'pissa', which changes the base, for a layer's only "
+                f"adapter, got it beside {', '.join(self.lora_A)}"
+            )
+        # PEFT's own DoRA makes the weight dense: it is not told
+        told = copy.copy(config)
+        told.use_dora = False
+        told.init_lora_weights = True if pissa else start
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=told, **options)
+        self.use_dora[adapter_name] = config.use_dora
+        if pissa:
+            self.start("pissa", adapter_name, None)
+        if config.use_dora:
+            if "lora_magnitude_vector" not in self.adapter_layer_names:
+                self.adapter_layer_names = (*self.adapter_layer_names, "lora_magnitude_vector")
+            a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+            low = LowRank(a, b, self.scaling[adapter_name])
+            norm = weight_norm(self.base.weight, low)
+            self.lora_magnitude_vector[adapter_name] = Magnitude(norm)
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def start(self, kind: str, name: str, dense: Tensor | None) -> None:
+        """Give an adapter, and the base, the values that `initialize` knows."""
+        lora_A, lora_B = self.lora_A[name].weight, self.lora_B[name].weight
+        if lora_A.is_meta:
+            raise ValueError(f"{kind}: expected an adapter with values, got one on meta")
+        start = initialize(kind, self.base.weight, dense, self.r[name], self.scaling[name])
+        with torch.no_grad():
+            lora_A.copy_(start.lora_A)
+            lora_B.copy_(start.lora_B)
+        if kind == "pissa":
+            self.base._set_weight(start.q)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        """Tell PEFT the sizes of a layer that it does not know."""
+        layer: Any = module
+        return layer.in_features, layer.out_features
+
+    @property
+    def base(self) -> LinearNF4:
+        """The quantized layer."""
+        layer: LinearNF4 = self.get_base_layer()
+        return layer
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return base plus the active adapters, ``[..., out_features]`` in the dtype of x."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            base: Tensor = self.base(x)
+            return base
+        bias = self.base.bias
+        if adapter_names is not None:
+            # "__base__", or an adapter of other layers, is none here
+            found = {name: self._adapter(name) for name in set(adapter_names) & set(self.lora_A)}
+            mixed = [found.get(name) for name in adapter_names]
+            return mixed_linear(x, self.base.weight, bias, mixed)
+        if self._merged is not None:
+            dense_bias = None if bias is None else bias.to(x.dtype)
+            return nn.functional.linear(x, self._merged.to(x.dtype), dense_bias)
+        active = [self._adapter(name) for name in self.active_adapters if name in self.lora_A]
+        return adapted_linear(x, self.base.weight, bias, active)
+
+    def _adapter(self, name: str) -> LowRank:
+        dropout = self.lora_dropout[name]
+        return LowRank(
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+            dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0,
+            self.lora_magnitude_vector[name].weight if self.use_dora[name] else None,
+            self.lora_B[name].bias if self.lora_bias[name] else None,
+        )
+
+    def exact_merged_weight(self) -> Tensor:
+        """Return the dense weight with the active adapters, before it is rounded: float32."""
+        q = self.base.weight
+        active = [self._adapter(name) for name in self.active_adapters if name in self.lora_A]
+        return fold(dequantize(q, torch.float32), q, active)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return s * B @ A, float32 ``[out_features, in_features]``."""
+        a, b = self.lora_A[adapter].weight.float(), self.lora_B[adapter].weight.float()
+        delta: Tensor = self.scaling[adapter] * (b @ a)
+        return delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into a dense weight that is held beside the quantized one until `unmerge`.
+
+        The sum is taken in fp32 and rounded once to the layer's dtype.
+
+        Args:
+            safe_merge: raise ValueError, and change nothing, if the result is not finite.
+            adapter_names: all active ones by default.
+        """
+        names = peft_utils.check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.lora_A]
+        if not names:
+            return
+        q = self.base.weight
+        adapters = [self._adapter(name) for name in (*self.merged_adapters, *names)]
+        exact = fold(dequantize(q, torch.float32), q, adapters)
+        merged = exact.to(self.base.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"adapter {', '.join(names)}: expected finite weights after merging")
+        self._merged = merged
+        self.merge_error = merge_error("", q, exact, merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Drop the dense weight: the quantized one was never changed."""
+        self._merged = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the layer without adapters: quantized, or dense with adapters folded in."""
+        if not merge:
+            return self.base
+        self.merge(safe_merge, adapter_names)
+        if self._merged is None:
+            return self.base
+        dense = self.base.to_linear()
+        dense.weight = nn.Parameter(self._merged)
+        return dense
+
+    def __repr__(self) -> str:
+        """Name the layer as PEFT names its own."""
+        return "lora." + super().__repr__()
