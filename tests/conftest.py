@@ -5,6 +5,8 @@ import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait leave the cores to the other workers
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import warnings
 from types import ModuleType, SimpleNamespace

@@ -126,19 +126,25 @@ def test_adapters_are_chosen_by_name(two, base) -> None:
 
 def test_adapters_of_a_batch_s_samples(two) -> None:
     expected = {}
-    for name in ("en", "fr", None):
+    for name in (None, "en", "fr"):
         nf4.set_adapter(two, name)
         expected[name] = logits(two)
+    nf4.set_adapter(two, ["en", "fr"])
     for names in (["fr", "en"], [None, "fr"], ["en", "en"]):
         with nf4.mixed_batch(two, names):
             mixed = logits(two)
         for sample, name in enumerate(names):
             assert error(mixed[sample], expected[name][sample]) < 1e-5
+    with nf4.mixed_batch(two, ["fr", "en"]):
+        two(TOKENS, labels=TOKENS).loss.backward()
+    layer = two.model.layers[0].mlp.up_proj.named_adapters()
+    assert all(layer[name].lora_B.grad.abs().max() > 0 for name in ("en", "fr"))
     with (
         nf4.mixed_batch(two, ["en"]),
         pytest.raises(ValueError, match="one adapter for each of 2 samples, got 1"),
     ):
         logits(two)
+    nf4.set_adapter(two, None)
     assert torch.equal(logits(two), expected[None])
 
 

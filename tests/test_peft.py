@@ -178,31 +178,6 @@ def test_prepare_for_training_and_a_few_steps_lower_the_loss(bases) -> None:
     assert torch.equal(model.base_model.model.model.layers[0].mlp.up_proj.base.packed, packed)
 
 
-def test_trainer_of_transformers_lowers_the_loss(bases, tmp_path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    model = adapted(bases[0], init_lora_weights=True)
-    data = [{"input_ids": TOKENS[0], "labels": TOKENS[0]}] * 32
-    arguments = TrainingArguments(
-        str(tmp_path),
-        max_steps=10,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[-1] < 0.9 * losses[0]
-    checkpoint = tmp_path / "checkpoint-10" / "adapter_model.safetensors"
-    assert checkpoint.is_file()
-
-
 BAD_OPTIONS = {
     "olora": ({"init_lora_weights": "olora"}, "expected 'pissa' or one that leaves the base weig"),
     "loftq": (

@@ -193,7 +193,7 @@ def test_loading_refuses(dense, tiny_llama, tmp_path) -> None:
     broken.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     broken.save_pretrained(tmp_path / "broken")
     name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(ValueError, match=f"{name}: w: expected finite values, got nan"):
+    with pytest.raises(ValueError, match=f"model.safetensors: {name}: w: expected finite val"):
         load(tmp_path / "broken", quantization_config=NF4Config())
 
 
@@ -207,6 +207,83 @@ def test_checkpoint_of_bitsandbytes_with_another_codebook_is_refused(bitsandbyte
     config = AutoConfig.from_pretrained(bitsandbytes_folder)
     config.quantization_config = NF4Config.from_bitsandbytes(config.quantization_config).to_dict()
     with pytest.raises(ValueError, match=f"{name}: expected the NF4 codebook, got another table"):
+        load(bitsandbytes_folder, config=config)
+
+
+UP = "model.layers.1.mlp.up_proj"
+BAD_FILES = {
+    "no_scales": (
+        lambda tensors: tensors.pop(f"{UP}.absmax2"),
+        rf"{UP}.absmax2: expected this tensor in .*model.safetensors, found none",
+    ),
+    "shape": (
+        lambda tensors: tensors.update({f"{UP}.absmax": torch.zeros(3, dtype=torch.uint8)}),
+        rf"model.safetensors: {UP}.absmax: expected U8 \(160,\) \(block_size=64, .*got U8 \(3,\)",
+    ),
+    "dtype": (
+        lambda tensors: tensors.update({f"{UP}.packed": tensors[f"{UP}.packed"].float()}),
+        rf"model.safetensors: {UP}.packed: expected U8 \(160, 32\) .*, got F32 \(160, 32\)",
+    ),
+    "skipped_layer": (
+        lambda tensors: tensors.update({"lm_head.packed": torch.zeros(4, 4, dtype=torch.uint8)}),
+        r"model.safetensors: lm_head.packed: expected weights of layers that .* lm_head, a Linear",
+    ),
+    "unknown_kind": (
+        lambda tensors: tensors.update({"model.norm.packed": torch.zeros(4, dtype=torch.uint8)}),
+        "model.norm.packed: expected weights of layers that nf4 quantizes, .* a LlamaRMSNorm",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_bad_checkpoint_is_refused_by_tensor_and_file(spoil, message, dense, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "saved"
+    load(dense, quantization_config=NF4Config()).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    spoil(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_double_quantized_checkpoint_of_a_single_quantized_config_is_refused(dense, tmp_path):
+    folder = tmp_path / "saved"
+    load(dense, quantization_config=NF4Config()).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["double_quant"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"absmax: expected F32 .*double_quant=False\), got U8"):
+        load(folder)
+    config["quantization_config"]["codebook"] = "af4"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="codebook: expected 'nf4', got 'af4'"):
+        load(folder)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_truncated_checkpoint_is_named(quantized, dense, tmp_path) -> None:
+    folder, options = dense, {"quantization_config": NF4Config()}
+    if quantized:
+        folder = tmp_path / "saved"
+        load(dense, **options).save_pretrained(folder, max_shard_size="100KB")
+        options = {}
+    file = sorted(folder.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"{file}: expected a whole safetensors file"):
+        load(folder, **options)
+
+
+def test_bitsandbytes_checkpoint_without_scales_is_refused(bitsandbytes_folder) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(bitsandbytes_folder / "model.safetensors")
+    del tensors[f"{UP}.weight.absmax"]
+    save_file(tensors, bitsandbytes_folder / "model.safetensors", metadata={"format": "pt"})
+    config = AutoConfig.from_pretrained(bitsandbytes_folder)
+    config.quantization_config = NF4Config.from_bitsandbytes(config.quantization_config).to_dict()
+    with pytest.raises(ValueError, match=f"model.safetensors: {UP}.weight.absmax: expected a ten"):
         load(bitsandbytes_folder, config=config)
 
 

@@ -36,6 +36,7 @@ from nf4.convert import (
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import check_block_size, quantize
+from nf4.integrations._stored import Stored, check_stored, stored_tensors
 from nf4.linear import LinearNF4, is_conv1d
 from nf4.quantized_module import QuantizedModule
 from nf4.tensor import PARTS, NF4Tensor
@@ -68,11 +69,12 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
             "bitsandbytes".
         quantize_embeddings: quantize the embeddings of tokens too, and with them an output layer
             that is tied to them.
+        codebook: "nf4", the only one; a checkpoint says so.
         **ignored: what newer versions add.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: block_size is not supported, or stored_as another word.
+        ValueError: block_size is not supported, or stored_as or codebook another word.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         skip_modules: list[str] | str | None = None,
         stored_as: str = METHOD,
         quantize_embeddings: bool = False,
+        codebook: str = "nf4",
         **ignored: Any,
     ) -> None:
         for name, value in (
@@ -92,6 +95,8 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
                 raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
         if stored_as not in (METHOD, "bitsandbytes"):
             raise ValueError(f"stored_as: expected 'nf4' or 'bitsandbytes', got {stored_as!r}")
+        if codebook != "nf4":
+            raise ValueError(f"codebook: expected 'nf4', got {codebook!r}")
         if skip_modules is not None:
             found = check_skip_modules(skip_modules)
             skip_modules = found if isinstance(found, str) else list(found)
@@ -101,6 +106,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.skip_modules = skip_modules
         self.stored_as = stored_as
         self.quantize_embeddings = quantize_embeddings
+        self.codebook = codebook
 
     @classmethod
     def from_bitsandbytes(cls, config: BitsAndBytesConfig | dict[str, Any]) -> "NF4Config":
@@ -171,8 +177,7 @@ class _Operation(ConversionOps):  # type: ignore[misc]
             if tuple(q.shape) != shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(q.shape)}")
         except (TypeError, ValueError) as error:
-            message = str(error)
-            self.hf_quantizer.errors.append(message if name in message else f"{name}: {message}")
+            self.hf_quantizer.refuse(name, error)
             return
 
         def convert(old: nn.Module) -> nn.Module:
@@ -219,7 +224,7 @@ class _Quantize(_Operation):
         try:
             waiting[part] = [quantize(w, *options, check=True) for w in weight]
         except ValueError as error:
-            self.hf_quantizer.errors.append(f"{name}: {error}")
+            self.hf_quantizer.refuse(name, error)
         if len(waiting) == len(EXPERT_PARTS):
             del self.hf_quantizer.waiting[module]
             found = iter([q for part in EXPERT_PARTS for q in waiting[part]])
@@ -265,8 +270,17 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **options)
         self.weights: frozenset[str] = frozenset()  # names, of those to be quantized
         self.errors: list[str] = []
+        self.stored: dict[str, Stored] = {}  # what the checkpoint's files hold, by name
         self.tied: dict[str, str] = {}  # layers that share their weight with embeddings, by name
         self.waiting: dict[str, dict[str, list[NF4Tensor]]] = {}  # experts of which half is there
+
+    def refuse(self, name: str, error: Exception) -> None:
+        """Keep an error, with the tensor's name and file, until all is loaded."""
+        message = str(error)
+        message = message if name in message else f"{name}: {message}"
+        if name in self.stored:
+            message = f"{self.stored[name].file}: {message}"
+        self.errors.append(message)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse to leave quantized layers on the disk."""
@@ -300,8 +314,11 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def _reads_bitsandbytes(self) -> bool:
         return self.pre_quantized and self.quantization_config.stored_as == "bitsandbytes"
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
         config = self.quantization_config
+        self.stored = stored_tensors(checkpoint_files)
         if config.skip_modules is None:
             config.skip_modules = self._default_skip(model)
         if config.quantize_embeddings:
@@ -328,6 +345,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
             replace_layers(model, layers, convert)
             self._tie_parts(model)
+            check_stored(self.stored, model, model.all_tied_weights_keys)
 
     def _default_skip(self, model: Any) -> list[str]:
         """Return what transformers leaves dense, but for what is tied to embeddings in 4 bits."""
