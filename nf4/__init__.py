@@ -4,6 +4,8 @@ Quantize tensors, layers and models to NF4, multiply by them, train adapters on 
 what four bits cost. Importing this package needs neither a GPU nor Triton.
 """
 
+from typing import Any
+
 from nf4.adapters import add_lora, disable_adapter, mixed_batch, set_adapter
 from nf4.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
 from nf4.checkpoint import load_adapter, save_adapter
@@ -34,6 +36,7 @@ __all__ = [
     "dequantize",
     "disable_adapter",
     "embedding",
+    "expected_error",
     "explain",
     "from_bitsandbytes",
     "linear",
@@ -52,3 +55,12 @@ __all__ = [
     "to_fragments",
     "to_rows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `expected_error` when it is asked for: scipy takes longer than all of nf4."""
+    if name != "expected_error":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from nf4.theory import expected_error
+
+    return expected_error

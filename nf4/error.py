@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ class QuantizationError:
         max_abs: largest absolute error, in the unit of the weights.
         relative: norm of the error over norm of the tensor; 0 for a tensor of zeros.
         sqnr_db: signal to quantization noise ratio in dB, ``-20 log10(relative)``.
+        rms: root of the mean square of the tensor, in the unit of the weights.
+        kurtosis: excess kurtosis of the tensor about 0: 0 for a normal distribution, more for
+            heavier tails; NaN for a tensor of zeros.
+        numel: elements.
+        block_size: elements that share one scale.
+        double_quant: whether the scales are quantized too.
     """
 
     mse: float
@@ -31,6 +37,34 @@ class QuantizationError:
     max_abs: float
     relative: float
     sqnr_db: float
+    rms: float
+    kurtosis: float
+    numel: int
+    block_size: int
+    double_quant: bool
+
+    @property
+    def expected(self) -> "QuantizationError":
+        """The error that theory expects of normal weights of the same size and `rms`.
+
+        A measured error well above it, with a `kurtosis` far from 0, says that the tensor is not
+        normal: it has outliers, or parts of different spread.
+        """
+        from nf4.theory import expected_error  # scipy takes its time to import
+
+        e = expected_error(self.block_size, self.double_quant, numel=max(self.numel, 1))
+        unit = self.rms
+        zero = unit == 0
+        return replace(
+            self,
+            mse=e.mse * unit**2,
+            rmse=e.rmse * unit,
+            mae=e.mae * unit,
+            max_abs=e.max_abs * unit,
+            relative=0.0 if zero else e.relative,
+            sqnr_db=math.inf if zero else e.sqnr_db,
+            kurtosis=math.nan if zero else 0.0,
+        )
 
 
 def quantization_error(w: Tensor, q: NF4Tensor) -> QuantizationError:
@@ -50,8 +84,9 @@ def quantization_error(w: Tensor, q: NF4Tensor) -> QuantizationError:
         raise ValueError(f"w: expected shape {tuple(q.shape)} like q, got {tuple(w.shape)}")
     if w.device != q.device:
         raise ValueError(f"w: expected device {q.device} like q, got {w.device}")
+    form = (w.numel(), q.block_size, q.double_quant)
     if w.numel() == 0:
-        return QuantizationError(0.0, 0.0, 0.0, 0.0, 0.0, math.inf)
+        return QuantizationError(0.0, 0.0, 0.0, 0.0, 0.0, math.inf, 0.0, math.nan, *form)
     wide = w.detach().float()
     largest = wide.abs().max().item()
     if not math.isfinite(largest):
@@ -61,11 +96,14 @@ def quantization_error(w: Tensor, q: NF4Tensor) -> QuantizationError:
     diff = dequantize(q, torch.float32).sub_(wide).abs_().mul_(1 / unit)
     mae, max_abs = diff.mean(dtype=torch.float64).item() * unit, diff.max().item() * unit
     noise = diff.square_().mean(dtype=torch.float64).item()
-    power = (wide * (1 / unit)).square_().mean(dtype=torch.float64).item()
+    squares = (wide * (1 / unit)).square_()
+    power = squares.mean(dtype=torch.float64).item()
+    fourth = squares.square_().mean(dtype=torch.float64).item()
     relative = math.sqrt(noise / power) if power else 0.0
     sqnr_db = -20 * math.log10(relative) if relative else math.inf
-    rmse = math.sqrt(noise) * unit
-    return QuantizationError(rmse**2, rmse, mae, max_abs, relative, sqnr_db)
+    kurtosis = fourth / power**2 - 3 if power else math.nan
+    rmse, rms = math.sqrt(noise) * unit, math.sqrt(power) * unit
+    return QuantizationError(rmse**2, rmse, mae, max_abs, relative, sqnr_db, rms, kurtosis, *form)
 
 
 @dataclass(frozen=True)

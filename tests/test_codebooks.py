@@ -1,0 +1,79 @@
+"""Other codebooks of 16 levels: those published, and least error among their kind."""
+
+import numpy as np
+import pytest
+
+import nf4
+from nf4.codebooks import CODEBOOKS, codebook
+
+# Yoshida 2023, https://arxiv.org/abs/2306.06965, by block size
+AF4 = {
+    32: (-1.0, -0.72380075, -0.54068711, -0.3963985, -0.2723577, -0.15956821, -0.05258802, 0.0,
+         0.04554747, 0.13780891, 0.23375854, 0.33656744, 0.4508456, 0.58437857, 0.75299116, 1.0),
+    64: (-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0,
+         0.04273164, 0.12934483, 0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("block_size", AF4)
+def test_af4_is_the_published_one(block_size) -> None:
+    assert codebook("af4", block_size) == pytest.approx(AF4[block_size], abs=1e-7)
+
+
+def test_fp4_is_bitsandbytes_one(bnb) -> None:
+    import torch
+
+    levels = bnb.get_4bit_type("fp4", device="cpu").unique()
+    assert codebook("fp4") == pytest.approx(levels.tolist(), abs=1e-7)
+    assert torch.equal(levels, levels.sort().values)
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_levels_ascend_to_one(name) -> None:
+    levels = codebook(name)
+    assert list(levels) == sorted(set(levels)) and 15 <= len(levels) <= 16
+    assert levels[-1] == 1 and 0 in levels and levels[0] >= -1
+    assert (levels[0] == -1) != name.startswith("bof4s")
+
+
+@pytest.mark.parametrize("name", ["bof4-mse", "bof4-mae", "bof4s-mse", "bof4s-mae"])
+def test_bof4_costs_least_of_its_kind(name) -> None:
+    """No level that is not fixed can be moved, either way, to lower what it was computed for."""
+    metric, levels = name.rpartition("-")[2], codebook(name)
+    fixed = {0.0, 1.0} | (set() if name.startswith("bof4s") else {-1.0})
+
+    def cost(levels) -> float:
+        if not name.startswith("bof4s"):
+            return getattr(nf4.expected_error(64, False, tuple(levels)), metric)
+        from nf4.distributions import Normal
+        from nf4.theory import _expected
+
+        return getattr(_expected(64, False, tuple(levels), True, Normal(), 64), metric)
+
+    least = cost(levels)
+    assert least == getattr(nf4.expected_error(64, False, name), metric)
+    for i, level in enumerate(levels):
+        if level not in fixed:
+            for step in (-2e-3, 2e-3):
+                moved = np.array(levels)
+                moved[i] += step
+                assert cost(moved.tolist()) > least
+
+
+def test_codebooks_rank_as_theory_has_it() -> None:
+    """The signed scale helps more than better levels; floats and integers cost more than NF4."""
+    mse = {name: nf4.expected_error(64, False, name).mse for name in CODEBOOKS}
+    assert mse["bof4s-mse"] < mse["bof4-mse"] < mse["nf4"] < mse["e2m1"] < mse["int4"] < mse["fp4"]
+    mae = {name: nf4.expected_error(64, False, name).mae for name in CODEBOOKS}
+    assert mae["bof4s-mae"] < mae["bof4-mae"] < mae["nf4"]
+    for block_size in (32, 4096):
+        gain = (
+            nf4.expected_error(block_size, False, "bof4-mse").mse
+            / nf4.expected_error(block_size, False).mse
+        )
+        assert 0.9 < gain < 0.96
+
+
+def test_unknown_codebook_is_refused() -> None:
+    with pytest.raises(ValueError, match="codebook: expected one of nf4, fp4, .* got 'q4_k'"):
+        codebook("q4_k")
