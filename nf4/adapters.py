@@ -1,5 +1,6 @@
 """Adapters of a whole model: add them, choose among them, switch them off."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -13,8 +14,16 @@ from nf4.convert import (
     quantized_layers,
     replace_layers,
 )
+from nf4.experts import ExpertsNF4
 from nf4.initialize import INITIALIZATIONS, check_rank, dense_source, initialize
-from nf4.linear import LinearNF4, LoRA, QLoRALinear, check_adapter_name, check_lora_options
+from nf4.linear import (
+    BaseChange,
+    LinearNF4,
+    LoRA,
+    QLoRALinear,
+    check_adapter_name,
+    check_lora_options,
+)
 
 
 def add_lora(
@@ -28,7 +37,7 @@ def add_lora(
     use_dora: bool = False,
     adapter_name: str = "default",
     init_lora_weights: bool | str = True,
-    original: nn.Module | Mapping[str, Tensor] | str | None = None,
+    original: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
 ) -> Model:
     """Add a trainable low-rank adapter to quantized layers, and freeze everything else.
 
@@ -47,9 +56,9 @@ def add_lora(
         adapter_name: by which the adapter is chosen.
         init_lora_weights: True for PEFT's start, at which the adapter adds nothing. ``"pissa"``
             takes the largest singular vectors of the weight, and quantizes what is left as the new
-            base (https://arxiv.org/abs/2404.02948). ``"loftq"`` takes those of what quantization
-            lost (https://arxiv.org/abs/2310.08659, one alternation: the base stays); it needs
-            original.
+            base (https://arxiv.org/abs/2404.02948); its files fit that base alone. ``"loftq"``
+            takes those of what quantization lost (https://arxiv.org/abs/2310.08659, one
+            alternation: the base stays); it needs original.
         original: the weights before quantization: the dense model, its state dict, or a folder of
             safetensors. PiSSA takes the dequantized ones without it.
 
@@ -64,6 +73,10 @@ def add_lora(
     check_model(model)
     check_lora_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
     check_adapter_name(adapter_name)
+    if adapter_name in adapter_names(model) and base_change_of(model, adapter_name):
+        raise ValueError(
+            f"adapter_name: expected another name than {adapter_name!r}, which started by pissa"
+        )
     kind = "" if init_lora_weights is True else init_lora_weights
     if kind not in ("", *INITIALIZATIONS):
         raise ValueError(
@@ -100,8 +113,10 @@ def add_lora(
         else:
             q = layer.weight if start is None else start.q
             new = QLoRALinear.from_weight(q, layer.bias, adapter_name=adapter_name, **options)
-            new.train(layer.training)
-            new.base_is_changed_by = "pissa" if kind == "pissa" else ""
+            new.take_after(layer)
+            if kind == "pissa":
+                change = BaseChange(str(kind), r, original is not None, adapter_name)
+                new.base_change = change
         if start is not None:
             new.named_adapters()[adapter_name].start_from(new.weight, start.lora_A, start.lora_B)
         return new
@@ -142,18 +157,24 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for m in _adapted(model) for name in m.named_adapters()))
 
 
+def base_change_of(model: nn.Module, adapter_name: str) -> BaseChange | None:
+    """Return what changed the layers' base for an adapter, if anything has."""
+    changes = [layer.base_change for layer in _adapted(model)]
+    return next((c for c in changes if c is not None and c.adapter_name == adapter_name), None)
+
+
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Compute the base alone within a ``with`` block."""
+    """Compute the base alone within a ``with`` block; backward belongs in it too."""
     check_model(model)
-    before = [(layer, layer.active_adapters) for layer in _adapted(model)]
+    before = [(layer, layer.adapters_disabled) for layer in _adapted(model)]
     try:
         for layer, _ in before:
-            layer.active_adapters = ()
+            layer.adapters_disabled = True
         yield
     finally:
-        for layer, names in before:
-            layer.active_adapters = names
+        for layer, disabled in before:
+            layer.adapters_disabled = disabled
 
 
 @contextmanager
@@ -161,25 +182,36 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
     """Compute each sample of a batch with an adapter of its own within a ``with`` block.
 
     Args:
-        model: a module with `QLoRALinear` layers, whose inputs keep samples in their first
-            dimension.
+        model: a module with `QLoRALinear` layers, in eval mode, whose inputs keep samples in their
+            first dimension. Backward, if any, belongs in the block too.
         adapter_names: one name a sample; None for the base alone.
 
     Raises:
         TypeError: model is no module, or adapter_names no list of names.
-        ValueError: no layer has an adapter of that name, or a batch of another size comes.
+        ValueError: no layer has an adapter of that name, the model is in training mode, an expert
+            of a mixture has an adapter, or a batch of another size comes.
     """
     check_model(model)
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Iterable):
+        raise TypeError(f"adapter_names: expected a list of names, got {adapter_names!r}")
     names = tuple(adapter_names)
-    _check_known(model, check_names([n for n in names if n is not None], "adapter_names"))
-    layers = _adapted(model)
+    known = check_names([n for n in names if n is not None], "adapter_names")
+    _check_known(model, known, "adapter_names")
+    if model.training:
+        raise ValueError("model: expected one in eval mode for adapters by sample, call eval()")
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertsNF4) and _adapted(module):
+            raise ValueError(
+                f"{name}: expected layers that see whole samples, got experts, which see tokens"
+            )
+    before = [(layer, layer.samples) for layer in _adapted(model)]
     try:
-        for layer in layers:
+        for layer, _ in before:
             layer.samples = names
         yield
     finally:
-        for layer in layers:
-            layer.samples = None
+        for layer, samples in before:
+            layer.samples = samples
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -238,11 +270,11 @@ def _adapted(model: nn.Module) -> list[QLoRALinear]:
     return [module for module in model.modules() if isinstance(module, QLoRALinear)]
 
 
-def _check_known(model: nn.Module, names: Iterable[str]) -> None:
+def _check_known(model: nn.Module, names: Iterable[str], option: str = "adapter_name") -> None:
     known = adapter_names(model)
     for name in names:
         if name not in known:
             raise ValueError(
-                f"adapter_name: expected one of {', '.join(known) or 'none: there is no adapter'}, "
+                f"{option}: expected one of {', '.join(known) or 'none: there is no adapter'}, "
                 f"got {name!r}"
             )

@@ -9,24 +9,34 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nf4.adapters import adapter_names, freeze_base, match_names, set_adapter
 from nf4.convert import check_model, quantized_layers, replace_layers
 from nf4.files import check_new, new_folder
-from nf4.initialize import initialize
-from nf4.linear import LinearNF4, LoRA, QLoRALinear, check_adapter_name, check_lora_options
+from nf4.initialize import dense_source, initialize
+from nf4.linear import (
+    BaseChange,
+    LinearNF4,
+    LoRA,
+    QLoRALinear,
+    check_adapter_name,
+    check_lora_options,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Of a file's metadata: whether a start took the weights before quantization
+_FROM_ORIGINAL = "nf4_from_original"
 _KEY = re.compile(
     re.escape(_PREFIX)
     + r"(?:(?P<module>.*)\.)?(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
@@ -37,7 +47,7 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_rslora": (False, True, None),
     "use_dora": (False, True, None),
-    # pissa, olora and their like train against a base weight they have changed; see _check_base
+    # pissa, olora and their like train against a base weight they have changed; see _check_place
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "pissa"),
 }
 _HARMLESS = frozenset(
@@ -109,8 +119,9 @@ class _Adapter:
         else:
             adapted = adapter = QLoRALinear.from_weight(
                 layer.weight, layer.bias, adapter_name=name, **self.options
-            )
-            adapted.train(layer.training)
+            ).take_after(layer)
+            if isinstance(layer, QLoRALinear):
+                adapted.base_change = layer.base_change
         with torch.no_grad():
             adapter.lora_A.copy_(self.lora_A)
             adapter.lora_B.copy_(self.lora_B)
@@ -136,13 +147,15 @@ def save_adapter(
         FileExistsError: path exists.
         TypeError: model is no module.
         ValueError: the model has no adapter of that name, several of which none was named, adapters
-            on meta, or adapters that PEFT's one config cannot describe.
+            on meta, adapters that PEFT's one config cannot describe, or a base that another
+            adapter's start has changed.
     """
     check_model(model)
     path = check_new(path, "path")
     model = _unwrapped(model)
     layers = adapter_layers(model, adapter_name)
     config = _adapter_config(model, layers)
+    changes = _base_changes(model, layers)
     tensors = {}
     for name, layer in layers.items():
         if layer.lora_A.is_meta:
@@ -154,30 +167,39 @@ def save_adapter(
             key = f"{name}.{part}" if name else part
             tensors[_PREFIX + key] = tensor.detach().cpu().contiguous()
     with new_folder(path) as folder:
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        metadata = {"format": "pt"}
+        if changes is not None:
+            config["init_lora_weights"] = changes.kind
+            metadata[_FROM_ORIGINAL] = str(changes.from_original)
+        save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    original: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
 ) -> None:
     """Put an adapter saved by `save_adapter` or by PEFT on a quantized model.
 
     Without a name the model has exactly the adapter of the file afterwards, called "default";
     with one, it is put beside those that are there. It is active and trainable, all else is frozen.
-    An adapter that started by PiSSA changes the base as that start did.
+    An adapter that started by PiSSA changes the base as that start did, from the same weights.
 
     Args:
         model: a module with `LinearNF4` or `QLoRALinear` layers; changed in place, and only after
             the whole file has been checked.
         path: folder with PEFT's two files.
         adapter_name: what to call it.
+        original: the weights before quantization, see `nf4.add_lora`; needed for an adapter that
+            started by PiSSA from them, on a base that is as `nf4.quantize_model` makes it.
 
     Raises:
         FileNotFoundError: path or one of its two files is missing.
         TypeError: model is no module.
-        ValueError: a file is corrupt, is no LoRA or DoRA adapter, or does not fit the model, or a
-            layer has an adapter of that name; the message names the file and the tensor.
+        ValueError: a file is corrupt, is no LoRA or DoRA adapter, or does not fit the model or its
+            base, or a layer has an adapter of that name; the message names the file and the tensor.
     """
     path, beside, name = Path(path), adapter_name is not None, adapter_name or "default"
     check_model(model)
@@ -186,14 +208,17 @@ def load_adapter(
     config = _read_config(path / CONFIG_NAME)
     adapters = _read_tensors(path / WEIGHTS_NAME)
     layers = quantized_layers(model)
-    started = config.get("init_lora_weights")
-    changed_by = started if started == "pissa" else ""
+    pissa = config.get("init_lora_weights") == "pissa"
+    from_original = _metadata(path / WEIGHTS_NAME).get(_FROM_ORIGINAL) == "True"
     found: dict[int, _Adapter] = {}
+    changes: dict[int, BaseChange | None] = {}
     for module, tensors in adapters.items():
         layer = _find_layer(layers, module, path / WEIGHTS_NAME)
         _check_tensors(layer, module, tensors, path / WEIGHTS_NAME)
-        _check_place(layer, module, name, beside, changed_by)
         adapter = _make_adapter(config, module, tensors, path / CONFIG_NAME)
+        r = adapter.options["r"]
+        changes[id(layer)] = BaseChange("pissa", r, from_original, name) if pissa else None
+        _check_place(layer, module, name, beside, changes[id(layer)], path / CONFIG_NAME)
         known = found.setdefault(id(layer), adapter)
         if not all(
             torch.equal(getattr(known, key), getattr(adapter, key)) for key in ("lora_A", "lora_B")
@@ -202,17 +227,36 @@ def load_adapter(
                 f"{path / WEIGHTS_NAME}: {module}: expected the tensors of the layer's other name, "
                 "got different ones"
             )
+    for module, layer in layers.items():
+        changed = isinstance(layer, QLoRALinear) and layer.base_change is not None
+        if changed and id(layer) not in found and not beside:
+            raise ValueError(
+                f"{path / WEIGHTS_NAME}: expected an adapter of {module}, whose base was "
+                f"{layer.base_change}, found none"
+            )
+    fresh = {
+        _file_name(n): m
+        for n, m in layers.items()
+        if pissa and not isinstance(m, QLoRALinear) and id(m) in found
+    }
+    names = {id(layer): n for n, layer in fresh.items()}
+    source = dense_source(original, fresh, needed=True) if fresh and from_original else None
 
     def convert(layer: LinearNF4) -> LinearNF4:
         adapter = found.get(id(layer))
         if adapter is None:
             return layer if beside or not isinstance(layer, QLoRALinear) else layer.to_base()
-        if changed_by and not isinstance(layer, QLoRALinear):
-            s = adapter.scaling()
-            start = initialize(changed_by, layer.weight, None, adapter.options["r"], s)
-            layer = LinearNF4.from_weight(start.q, layer.bias).train(layer.training)
+        module, change = names.get(id(layer)), changes[id(layer)]
+        if module is not None:
+            dense = None if source is None else source(module)
+            r = adapter.options["r"]
+            start = initialize("pissa", layer.weight, dense, r, adapter.scaling())
+            layer = LinearNF4.from_weight(start.q, layer.bias).take_after(layer)
+        change = (
+            changes[id(layer)] if module is None else BaseChange("pissa", r, from_original, name)
+        )
         adapted = adapter.put_on(layer, name, beside)
-        adapted.base_is_changed_by = changed_by or adapted.base_is_changed_by
+        adapted.base_change = change or adapted.base_change
         return adapted
 
     root = layers.get("")
@@ -298,21 +342,56 @@ def _check_tensors(layer: LinearNF4, name: str, tensors: dict[str, Tensor], file
         raise ValueError(f"{file}: {name}: expected finite values, got NaN or an infinity")
 
 
-def _check_place(layer: LinearNF4, module: str, name: str, beside: bool, changed_by: str) -> None:
+def _check_place(
+    layer: LinearNF4,
+    module: str,
+    name: str,
+    beside: bool,
+    change: BaseChange | None,
+    file: Path,
+) -> None:
     """Raise unless an adapter can be put on a layer with its base as it is."""
-    adapters = list(layer.named_adapters()) if isinstance(layer, QLoRALinear) else []
-    if beside and name in adapters:
-        raise ValueError(f"{module}: expected a layer without adapter {name!r}, it has one")
-    base = layer.base_is_changed_by if isinstance(layer, QLoRALinear) else ""
-    if adapters and base != changed_by:
+    if not isinstance(layer, QLoRALinear):
+        return
+    if beside and name in layer.named_adapters():
+        raise ValueError(f"{file}: {module}: expected a layer without adapter {name!r}, it has one")
+    of_layer, of_file = (_form(c) for c in (layer.base_change, change))
+    if of_layer != of_file:
         raise ValueError(
-            f"{module}: expected a base {_changed(changed_by)}, on which the adapter of the file "
-            f"was trained, got one {_changed(base)}"
+            f"{file}: {module}: expected a base {_changed(change)}, on which the adapter of the "
+            f"file was trained, got one {_changed(layer.base_change)}"
         )
 
 
-def _changed(by: str) -> str:
-    return f"changed by {by}" if by else "as nf4.quantize_model makes it"
+def _form(change: BaseChange | None) -> tuple[str, int, bool] | None:
+    return None if change is None else (change.kind, change.r, change.from_original)
+
+
+def _changed(change: BaseChange | None) -> str:
+    return "as nf4.quantize_model makes it" if change is None else str(change)
+
+
+def _base_changes(model: nn.Module, layers: dict[str, LoRA]) -> BaseChange | None:
+    """Return what changed the base for an adapter; raise unless a file can say so."""
+    modules = dict(model.named_modules())
+    bases = {_file_name(n): m for n, m in modules.items() if isinstance(m, QLoRALinear)}
+    found = {name: bases[name].base_change for name in layers}
+    for name, layer in layers.items():
+        change = found[name]
+        if change is not None and bases[name].named_adapters()[change.adapter_name] is not layer:
+            raise ValueError(
+                f"{name}: expected the adapter {change.adapter_name!r} to save, whose start changed"
+                " the base: another would need that base in its file too; merge instead"
+            )
+    kinds = {None if c is None else (c.kind, c.from_original) for c in found.values()}
+    if len(kinds) > 1:
+        raise ValueError("model: expected one kind of start for all layers, got pissa and another")
+    return next(iter(found.values()))
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 def _make_adapter(
@@ -388,7 +467,7 @@ def _adapter_config(model: nn.Module, layers: dict[str, LoRA]) -> dict[str, Any]
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": getattr(first, "base_is_changed_by", "") or True,
+        "init_lora_weights": True,
     }
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nf4.embedding import EmbeddingNF4, is_embedding
-from nf4.experts import PARTS, ExpertsNF4, is_experts
+from nf4.experts import PARTS as EXPERT_PARTS
+from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import check_block_size, check_weight, dequantize, quantize
 from nf4.linear import (
     LinearNF4,
@@ -20,7 +21,8 @@ from nf4.linear import (
     is_conv1d,
     is_linear,
 )
-from nf4.tensor import NF4Tensor
+from nf4.quantized_module import QuantizedModule
+from nf4.tensor import PARTS, NF4Tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -98,7 +100,11 @@ def quantize_model(
             of_group[group] = new.weight
         return new
 
-    return replace_layers(model, layers, convert, progress)
+    names = {name: groups[id(layer)] for name, layer in layers.items() if id(layer) in groups}
+    first = {group: name for name, group in reversed(names.items())}
+    model = replace_layers(model, layers, convert, progress)
+    tie_parts(model, {name: first[group] for name, group in names.items() if first[group] != name})
+    return model
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ def merge(
     if not layers and not embeddings:
         raise ValueError(f"model: expected LinearNF4 layers, found none in {type(model).__name__}")
     if requantize:
+        _check_replaceable({n: m for n, m in layers.items() if isinstance(m, QLoRALinear)})
         return _merge_requantized(model, layers, report)
     if report is not None:
         for name, layer in layers.items():
@@ -161,21 +168,69 @@ def merge(
     experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
     inside = tuple(f"{name}." for name in experts)
     layers = {n: m for n, m in layers.items() if not (inside and n.startswith(inside))}
+    _check_replaceable({**experts, **embeddings, **layers})
     shared: dict[int, Any] = {}
 
-    def to_embedding(module: EmbeddingNF4) -> nn.Module:
-        dense = module.to_embedding(shared.get(module.packed.data_ptr()))
-        shared[module.packed.data_ptr()] = dense.weight
-        return dense
-
-    def to_linear(layer: LinearNF4) -> nn.Module:
-        weight = shared.get(layer.packed.data_ptr())
-        adapted = isinstance(layer, QLoRALinear)
-        return layer.to_linear() if adapted or weight is None else layer.to_linear(weight)
+    def dense_of(module: Any, make: Callable[..., nn.Module]) -> nn.Module:
+        """Make a module dense, with the weight that those have that share its 4-bit one."""
+        if isinstance(module, QLoRALinear):
+            return make()
+        dense: Any = make(shared.get(id(module.packed)))
+        shared[id(module.packed)] = dense.weight
+        return dense  # type: ignore[no-any-return]
 
     model = replace_layers(model, experts, lambda module: module.to_experts())
-    model = replace_layers(model, embeddings, to_embedding)
-    return replace_layers(model, layers, to_linear)
+    model = replace_layers(model, embeddings, lambda m: dense_of(m, m.to_embedding))
+    model = replace_layers(model, layers, lambda m: dense_of(m, m.to_dense))
+    _forget_quantization(model)
+    return model
+
+
+def _check_replaceable(layers: dict[str, Any]) -> None:
+    """Raise ValueError unless every module can be replaced, and adapters merged, before any is."""
+    for name, layer in layers.items():
+        check_forward(name, layer)
+        parts = layer.modules() if isinstance(layer, ExpertsNF4) else [layer]
+        for part in (p for p in parts if isinstance(p, QLoRALinear)):
+            tensors = [t for a in part.named_adapters().values() for t in a.parameters_of_adapter()]
+            if not all(t.is_meta or t.isfinite().all() for t in tensors):
+                raise ValueError(f"{name}: expected an adapter of finite values, got NaN or inf")
+
+
+def _forget_quantization(model: Any) -> None:
+    """Let a transformers model that holds nothing in 4 bits any more be saved as a dense one."""
+    if any(isinstance(m, QuantizedModule) for m in model.modules()):
+        return
+    for name, value in vars(model).pop("_dense_ties", {}).items():
+        setattr(model, name, value)
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    if quantizer is not None and method == "nf4":
+        quantizer.remove_quantization_config(model)
+
+
+def tie_parts(model: Any, tied: dict[str, str]) -> None:
+    """Let transformers tie the parts of 4-bit weights, as it ties dense ones; nothing elsewhere.
+
+    Args:
+        model: any module.
+        tied: names of layers, by those of the layers that share their weight.
+    """
+    if not tied or not hasattr(model, "_tied_weights_keys"):
+        return
+    parts = {
+        f"{target}.{part}": f"{source}.{part}"
+        for target, source in tied.items()
+        for part, tensor in zip(PARTS, model.get_submodule(source).weight.parts(), strict=True)
+        if tensor is not None
+    }
+    weights = {f"{target}.weight" for target in tied}
+    names = [n for n in ("all_tied_weights_keys", "_tied_weights_keys") if hasattr(model, n)]
+    before = {name: getattr(model, name) for name in names}
+    vars(model).setdefault("_dense_ties", before)
+    for name, known in before.items():
+        kept = {key: value for key, value in (known or {}).items() if key not in weights}
+        setattr(model, name, kept | parts)
 
 
 def _exact_and_dense(layer: LinearNF4) -> tuple[Tensor, Tensor]:
@@ -193,7 +248,7 @@ def _merge_requantized(
 
     def convert(layer: QLoRALinear) -> LinearNF4:
         q = requantized(names[id(layer)], layer.exact_merged_weight(), layer.weight, report)
-        return LinearNF4.from_weight(q, layer.bias).train(layer.training)
+        return LinearNF4.from_weight(q, layer.bias).take_after(layer)
 
     return replace_layers(model, adapted, convert)
 
@@ -263,7 +318,10 @@ def token_embeddings(model: nn.Module) -> set[int]:
     get = getattr(model, "get_input_embeddings", None)
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and is_embedding(m)]
     if get is not None:
-        weight = getattr(get(), "weight", None)
+        try:
+            weight = getattr(get(), "weight", None)
+        except NotImplementedError:  # a transformers model of several towers
+            return {id(m) for m in embeddings}
         embeddings = [m for m in embeddings if m.weight is weight]
     return {id(m) for m in embeddings}
 
@@ -292,7 +350,7 @@ def quantized_layer(old: nn.Module, q: NF4Tensor) -> LinearNF4 | EmbeddingNF4:
     if isinstance(old, nn.Embedding):
         return EmbeddingNF4(old, q)
     bias: Any = old.bias
-    return LinearNF4.from_weight(q, bias).train(old.training)
+    return LinearNF4.from_weight(q, bias).take_after(old)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, LinearNF4]:
@@ -313,7 +371,7 @@ def check_model(model: nn.Module) -> None:
 def dense_weights(layer: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the weights that are to be quantized of a dense layer or of experts, with names."""
     if is_experts(layer):
-        return [(name, getattr(layer, name)) for name in PARTS]
+        return [(name, getattr(layer, name)) for name in EXPERT_PARTS]
     if isinstance(layer, nn.Embedding):
         return [("weight", layer.weight)]
     return [("weight", dense_weight(layer))]
@@ -371,6 +429,15 @@ def _is_below(name: str, skip: str | Iterable[str]) -> bool:
     )
 
 
+def check_forward(name: str, layer: nn.Module) -> None:
+    """Raise ValueError if a layer has a forward of its own, which a replacement would lose."""
+    if "forward" in vars(layer):
+        raise ValueError(
+            f"{name}: expected a layer with the forward of its class, got one of its own"
+            " (an offloading hook, for example); remove it first"
+        )
+
+
 def replace_layers(
     model: Model,
     layers: dict[str, Layer],
@@ -383,11 +450,7 @@ def replace_layers(
     """
     names: dict[int, list[str]] = {}
     for name, layer in layers.items():
-        if "forward" in vars(layer):
-            raise ValueError(
-                f"{name}: expected a layer with the forward of its class, got one of its own"
-                " (an offloading hook, for example); remove it first"
-            )
+        check_forward(name, layer)
         names.setdefault(id(layer), []).append(name)
     for done, group in enumerate(names.values(), start=1):
         old = [layers.pop(name) for name in group][0]

@@ -49,10 +49,12 @@ class EmbeddingNF4(QuantizedModule):
             )
         self.num_embeddings, self.embedding_dim = source.weight.shape
         self.padding_idx = source.padding_idx
-        self.embed_scale = _scale_of(source)
-        # What `to_embedding` gives back, without its weight; no part of the model
+        self.embed_scale, self.rounds_scale = _scale_of(source)
+        # What `to_embedding` gives back, without its weight and hooks; no part of the model
         weight = nn.Parameter(torch.empty_like(source.weight, device="meta"))
-        self.__dict__["skeleton"] = copy.deepcopy(source, {id(source.weight): weight})
+        memo: dict[int, Any] = {id(source.weight): weight}
+        memo |= {id(v): type(v)() for k, v in vars(source).items() if "_hooks" in k and v}
+        self.__dict__["skeleton"] = copy.deepcopy(source, memo)
         self._set_weight(q)
         self.train(source.training)
 
@@ -92,7 +94,8 @@ class EmbeddingNF4(QuantizedModule):
         rows = embedding(input, self.weight)
         if self.embed_scale is None:
             return rows
-        # transformers rounds the factor to the weight's dtype first
+        if not self.rounds_scale:
+            return rows * self.embed_scale
         return rows * torch.tensor(self.embed_scale, dtype=rows.dtype, device="cpu")
 
     def to_embedding(self, weight: nn.Parameter | None = None) -> nn.Embedding:
@@ -119,8 +122,12 @@ class EmbeddingNF4(QuantizedModule):
         )
 
 
-def _scale_of(source: Any) -> float | None:
+def _scale_of(source: Any) -> tuple[float | None, bool]:
+    """Return the factor of an embedding, and whether it is rounded to the weight's dtype first.
+
+    So is a tensor, as Gemma has it, not the number that BART has.
+    """
     if not _is_scaled(source):
-        return None
+        return None, False
     scale = getattr(source, "scalar_embed_scale", source.embed_scale)
-    return float(scale)
+    return float(scale), isinstance(source.embed_scale, Tensor)

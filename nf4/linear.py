@@ -1,6 +1,7 @@
 """Linear layers on a 4-bit weight: LinearNF4, frozen, and QLoRALinear, with a trainable adapter."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -98,6 +99,7 @@ class LinearNF4(QuantizedModule):
             if size < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, got {size}")
         self.in_features, self.out_features = in_features, out_features
+        self.conv1d: type[nn.Module] | None = None  # transformers' class, of a layer that was one
         w = torch.empty(out_features, in_features, device=device, dtype=dtype)
         check_weight(w, "dtype")
         nn.init.kaiming_uniform_(w, a=math.sqrt(5))
@@ -127,7 +129,19 @@ class LinearNF4(QuantizedModule):
         bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
         q = quantize(weight, block_size, double_quant, check=True)
         layer = cls.from_weight(q, bias, **options)
-        return layer.train(linear.training)
+        return layer.take_after(linear)
+
+    def take_after(self, old: nn.Module) -> Self:
+        """Take on what a layer in the place of another keeps of it: its mode, and its class.
+
+        Args:
+            old: a dense layer, or one of this class.
+        """
+        if isinstance(old, LinearNF4):
+            self.conv1d = old.conv1d
+        elif is_conv1d(old):
+            self.conv1d = type(old)
+        return self.train(old.training)
 
     @classmethod
     def from_weight(cls, q: NF4Tensor, bias: Tensor | None = None, **options: Any) -> Self:
@@ -201,6 +215,23 @@ class LinearNF4(QuantizedModule):
         """Return `merged_weight` before it is rounded to `dtype`: float32."""
         return dequantize(self.weight, torch.float32)
 
+    def to_dense(self, weight: Tensor | None = None) -> nn.Module:
+        """Return what `to_linear` does, or transformers' Conv1D for what was one.
+
+        Args:
+            weight: as for `to_linear`.
+        """
+        dense = self.to_linear(weight)
+        if self.conv1d is None:
+            return dense
+        conv: Any = self.conv1d.__new__(self.conv1d)
+        nn.Module.__init__(conv)
+        conv.nf, conv.nx = self.out_features, self.in_features
+        conv.weight = nn.Parameter(dense.weight.detach().T.contiguous())
+        conv.bias = dense.bias
+        module: nn.Module = conv.train(self.training)
+        return module
+
     def to_linear(self, weight: Tensor | None = None) -> nn.Linear:
         """Return a ``torch.nn.Linear`` with `merged_weight`; it shares a bias of the same dtype.
 
@@ -225,6 +256,28 @@ class LinearNF4(QuantizedModule):
             f"bias={self.bias is not None}, block_size={self.block_size}, "
             f"double_quant={self.double_quant}, dtype={self.dtype}"
         )
+
+
+@dataclass(frozen=True)
+class BaseChange:
+    """What has changed a layer's weight for an adapter, which fits no other weight then.
+
+    Attributes:
+        kind: "pissa".
+        r: rank that was taken out of the weight.
+        from_original: whether out of the weight before quantization.
+        adapter_name: of the adapter.
+    """
+
+    kind: str
+    r: int
+    from_original: bool
+    adapter_name: str
+
+    def __str__(self) -> str:
+        """Describe it in messages."""
+        source = "the original weight" if self.from_original else "the 4-bit weight"
+        return f"changed by {self.kind} of rank {self.r} from {source}"
 
 
 class LoRA(nn.Module):
@@ -345,7 +398,8 @@ class QLoRALinear(LinearNF4, LoRA):
         self.adapter_name = adapter_name
         self.active_adapters: tuple[str, ...] = (adapter_name,)
         self.adapters: nn.ModuleDict | None = None  # further ones
-        self.base_is_changed_by = ""  # "pissa" or "loftq", if the adapter fits no other base
+        self.base_change: BaseChange | None = None
+        self.adapters_disabled = False
         self.samples: tuple[str | None, ...] | None = None  # adapters of a batch's samples
         self._make_adapter(self.weight)
 
@@ -380,13 +434,15 @@ class QLoRALinear(LinearNF4, LoRA):
         Names of adapters that are on other layers only mean none here.
         """
         adapters = self.named_adapters()
-        self.active_adapters = tuple(name for name in names if name in adapters)
+        self.active_adapters = tuple(name for name in dict.fromkeys(names) if name in adapters)
         for name, adapter in adapters.items():
             for parameter in adapter.parameters_of_adapter():
                 parameter.requires_grad_(name in self.active_adapters)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return base plus active adapters, ``[..., out_features]`` in the dtype of input."""
+        if self.adapters_disabled:
+            return linear(input, self.weight, self.bias)
         adapters = self.named_adapters()
         if self.samples is not None:
             low = {name: adapter.low_rank() for name, adapter in adapters.items()}
@@ -407,7 +463,7 @@ class QLoRALinear(LinearNF4, LoRA):
 
     def to_base(self) -> LinearNF4:
         """Return the frozen layer without the adapter; it shares weight and bias."""
-        return LinearNF4.from_weight(self.weight, self.bias).train(self.training)
+        return LinearNF4.from_weight(self.weight, self.bias).take_after(self)
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
@@ -420,6 +476,10 @@ def check_adapter_name(name: str) -> None:
         raise TypeError(f"adapter_name: expected a string, got {type(name).__name__}")
     if not name or "." in name:
         raise ValueError(f"adapter_name: expected a name without dots, got {name!r}")
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"adapter_name: expected a name that torch.nn.ModuleDict can hold, got {name!r}"
+        )
 
 
 def check_lora_options(

@@ -48,7 +48,9 @@ def adapted_linear(
 ) -> Tensor:
     """Return x @ W.T + bias plus what each adapter adds, ``[..., N]`` in the dtype of x.
 
-    The first plain LoRA adapter is computed with its base in one call of `nf4.lora_linear`.
+    Adapters are applied in turn. DoRA without dropout scales what the ones before it have made of
+    the weight, as PEFT's does; with dropout, the weight alone. A plain LoRA adapter that comes
+    first is computed with its base in one call of `nf4.lora_linear`.
 
     Args:
         x: floating ``[..., K]``.
@@ -56,16 +58,15 @@ def adapted_linear(
         bias: floating ``[N]`` or None.
         adapters: any number.
     """
-    plain = [i for i, a in enumerate(adapters) if a.magnitude is None and a.bias is None]
-    if plain:
-        first, base = adapters[plain[0]], None
+    rest = list(adapters)
+    if rest and rest[0].magnitude is None and rest[0].bias is None:
+        first, rest = rest[0], rest[1:]
         low = (first.lora_A, first.lora_B, first.scaling)
         y = lora_linear(x, q, *low, bias, first.dropout_p)
     else:
-        y = base = linear(x, q, bias)
-    rest = [adapter for i, adapter in enumerate(adapters) if i not in plain[:1]]
+        y = linear(x, q, bias)
     for adapter in rest:
-        y = y + _update(x, q, bias, adapter, base)
+        y = y + _update(x, q, bias, adapter, y)
     return y
 
 
@@ -93,23 +94,22 @@ def mixed_linear(
     return y
 
 
-def _update(
-    x: Tensor, q: NF4Tensor, bias: Tensor | None, adapter: LowRank, base: Tensor | None
-) -> Tensor:
-    """Return what an adapter adds to the output; base is the layer's without one, if at hand."""
-    a, b = adapter.lora_A.to(x.dtype), adapter.lora_B.to(x.dtype)
+def _update(x: Tensor, q: NF4Tensor, bias: Tensor | None, adapter: LowRank, y: Tensor) -> Tensor:
+    """Return what an adapter adds to an output y, in the dtype of y."""
+    a, b = adapter.lora_A.to(y.dtype), adapter.lora_B.to(y.dtype)
     dropped = dropout(x, adapter.dropout_p)
-    update = dense_linear(dense_linear(dropped, a), b) * adapter.scaling
+    update = dense_linear(dense_linear(dropped.to(y.dtype), a), b) * adapter.scaling
     if adapter.magnitude is not None:
-        if base is None or adapter.dropout_p:
-            without_bias = linear(dropped, q)
+        if adapter.dropout_p:
+            base = linear(dropped, q)
         else:
-            without_bias = base if bias is None else base - bias.to(x.dtype)
-        ratio = (adapter.magnitude / weight_norm(q, adapter)).to(x.dtype)
-        update = (ratio - 1) * without_bias + ratio * update
+            base = y if bias is None else y - bias.to(y.dtype)
+        # In fp32 until a little beside 1 is a number of its own
+        ratio = adapter.magnitude.float() / weight_norm(q, adapter)
+        update = (ratio - 1).to(y.dtype) * base + ratio.to(y.dtype) * update
     if adapter.bias is not None:
-        update = update + (adapter.bias * adapter.scaling).to(x.dtype)
-    return update
+        update = update + (adapter.bias * adapter.scaling).to(y.dtype)
+    return update.to(y.dtype)
 
 
 @torch.no_grad()

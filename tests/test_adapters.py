@@ -124,6 +124,48 @@ def test_adapters_are_chosen_by_name(two, base) -> None:
     assert all(error(a, b) > 1e-3 for i, a in enumerate(distinct) for b in distinct[:i])
 
 
+def test_contexts_nest_and_end_as_they_began(two, base) -> None:
+    nf4.set_adapter(two, "fr")
+    fr = logits(two)
+    with nf4.disable_adapter(two):
+        nf4.set_adapter(two, "en")
+        assert torch.equal(logits(two), logits(base))
+    en = logits(two)
+    assert error(en, fr) > 1e-3
+    with nf4.mixed_batch(two, ["fr", "fr"]):
+        with nf4.mixed_batch(two, ["en", "en"]):
+            assert error(logits(two), en) < 1e-5
+        assert error(logits(two), fr) < 1e-5
+        with nf4.disable_adapter(two):
+            assert torch.equal(logits(two), logits(base))
+    assert torch.equal(logits(two), en)
+    nf4.set_adapter(two, ["en", "en"])
+    assert torch.equal(logits(two), en)
+
+
+def test_adapters_by_sample_are_refused_where_samples_are_not_seen(two) -> None:
+    two.train()
+    with pytest.raises(ValueError, match="expected one in eval mode for adapters by sample"):
+        nf4.mixed_batch(two, ["en"]).__enter__()
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, num_attention_heads=4, num_local_experts=2)
+    model = nf4.add_lora(nf4.quantize_model(MixtralForCausalLM(config)), r=2).eval()
+    with pytest.raises(ValueError, match="mlp.experts: expected layers that see whole samples"):
+        nf4.mixed_batch(model, ["default"]).__enter__()
+
+
+def test_dora_heeds_small_lengths_and_autocast() -> None:
+    layer = nf4.QLoRALinear(96, 80, r=4, use_dora=True, dtype=torch.bfloat16)
+    x = torch.randn(64, 96, dtype=torch.bfloat16)
+    once = layer(x)
+    layer.lora_magnitude.data *= 1.0019
+    assert (layer(x) != once).float().mean() > 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.float()).dtype == torch.bfloat16
+
+
 def test_adapters_of_a_batch_s_samples(two) -> None:
     expected = {}
     for name in (None, "en", "fr"):
@@ -192,6 +234,17 @@ BAD_CHOICES = {
     "taken": (lambda m: nf4.add_lora(m, adapter_name="en"), ValueError, "without adapter 'en', go"),
     "dotted": (lambda m: nf4.add_lora(m, adapter_name="a.b"), ValueError, "name without dots"),
     "unnamed": (lambda m: nf4.add_lora(m, adapter_name=3), TypeError, "expected a string, got int"),
+    "reserved": (
+        lambda m: nf4.add_lora(m, adapter_name="items"),
+        ValueError,
+        "ModuleDict can h",
+    ),
+    "mixed_text": (lambda m: nf4.mixed_batch(m, "enfr").__enter__(), TypeError, "a list of names"),
+    "mixed_number": (
+        lambda m: nf4.mixed_batch(m, 5).__enter__(),
+        TypeError,
+        "names: expected",
+    ),
     "dora": (lambda m: nf4.add_lora(m, use_dora="yes"), TypeError, "use_dora: expected a bool"),
     "pissa": (
         lambda m: nf4.add_lora(m, adapter_name="x", init_lora_weights="pissa"),
@@ -352,6 +405,34 @@ def test_truncated_original_is_named(base, tmp_path) -> None:
     assert not adapted(base)
 
 
+def test_pissa_from_the_original_needs_it_again(base, tiny_llama, tmp_path) -> None:
+    dense = tiny_llama().eval()
+    model = with_lora(base, init_lora_weights="pissa", original=dense)
+    randomize(model)
+    nf4.save_adapter(model, tmp_path / "pissa")
+    again = copy.deepcopy(base)
+    with pytest.raises(ValueError, match="original: expected the weights before quantization"):
+        nf4.load_adapter(again, tmp_path / "pissa")
+    nf4.load_adapter(again, tmp_path / "pissa", original=dense)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_pissa_s_base_is_never_taken_for_another(base, tmp_path) -> None:
+    model = with_lora(base, init_lora_weights="pissa", target_modules=["q_proj"])
+    nf4.add_lora(model, r=2, adapter_name="second")
+    with pytest.raises(ValueError, match="expected the adapter 'default' to save, whose start"):
+        nf4.save_adapter(model, tmp_path / "second", "second")
+    with pytest.raises(ValueError, match="expected another name than 'default', which started by"):
+        nf4.add_lora(model, target_modules=["k_proj"])
+    nf4.save_adapter(with_lora(base, target_modules=["k_proj"]), tmp_path / "plain")
+    with pytest.raises(ValueError, match="expected an adapter of model.layers.0.self_attn.q_proj"):
+        nf4.load_adapter(model, tmp_path / "plain")
+    larger = with_lora(base, r=8, init_lora_weights="pissa", target_modules=["q_proj"])
+    nf4.save_adapter(larger, tmp_path / "larger")
+    with pytest.raises(ValueError, match="pissa of rank 8 .* got one changed by pissa of rank 4"):
+        nf4.load_adapter(model, tmp_path / "larger")
+
+
 # --- merging
 
 
@@ -380,6 +461,31 @@ def test_merge_of_what_adds_nothing_has_no_drift_to_report(base) -> None:
     rows = []
     nf4.merge(with_lora(base, target_modules=["q_proj"]), report=rows.append)
     assert all(row.relative == 0 and row.of_update != row.of_update for row in rows)
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_merge_of_what_is_not_finite_changes_nothing(requantize, base) -> None:
+    model = with_lora(base, adapter_name="x")
+    adapted(model)[-1].lora_B.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="down_proj: expected an adapter of finite values"):
+        nf4.merge(model, requantize=requantize)
+    assert len(adapted(model)) == 14
+
+
+def test_layers_tied_to_each_other_stay_tied() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model[2].weight = model[0].weight
+    nf4.quantize_model(model)
+    assert model[0].packed is model[2].packed
+    nf4.merge(model)
+    assert model[0].weight is model[2].weight
+
+
+def test_merge_on_meta_makes_each_layer_its_own(tiny_llama) -> None:
+    with torch.device("meta"):
+        model = nf4.quantize_model(tiny_llama(), quantize_embeddings=True)
+    merged = nf4.merge(model)
+    assert merged.model.layers[0].self_attn.q_proj.weight.shape == (64, 64)
 
 
 def test_requantizing_needs_an_adapter(base) -> None:

@@ -173,6 +173,41 @@ def test_merge_into_four_bits_reports_the_drift(use_dora, bases) -> None:
         merge_and_requantize(with_lora(bases[1]))
 
 
+def test_merge_into_four_bits_loses_no_adapter_of_a_dense_layer(bases) -> None:
+    model = with_lora(bases[0], target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="lm_head: expected adapters on LinearNF4 layers alone"):
+        merge_and_requantize(model)
+
+
+def test_all_linear_leaves_out_the_output_layer_in_4_bits_too(tiny_llama) -> None:
+    base = nf4.quantize_model(tiny_llama(), skip_modules=(), quantize_embeddings=True)
+    model = with_lora(base)
+    assert type(model.base_model.model.lm_head) is nf4.LinearNF4
+    with pytest.raises(ValueError, match="modules_to_save: expected .*, got a LinearNF4"):
+        with_lora(base, modules_to_save=["lm_head"])
+
+
+def test_adapters_with_and_without_dora_stack_as_peft_s_do(bases) -> None:
+    models = [with_lora(base, init_lora_weights=False) for base in bases]
+    for model in models:
+        torch.manual_seed(5)
+        config = LoraConfig(
+            r=3, target_modules="all-linear", use_dora=True, init_lora_weights=False
+        )
+        model.add_adapter("dora", config)
+    state = {k: v for k, v in models[0].state_dict().items() if "lora_" in k}
+    for key in (k for k in state if "magnitude" in k):
+        state[key] = state[key] * 1.2
+    for model in models:
+        model.load_state_dict(state, strict=False)
+    for names in (["default", "dora"], ["dora", "default"]):
+        for model in models:
+            model.base_model.set_adapter(names)
+        assert error(logits(models[0]), logits(models[1])) < 1e-5
+    once = logits(models[0])
+    assert error(logits(models[0].merge_and_unload()), once) < 1e-4
+
+
 def test_dense_merge_knows_its_error(bases) -> None:
     model = with_lora(bases[0].bfloat16(), init_lora_weights=False)
     layer = next(m for m in model.modules() if isinstance(m, NF4LoraLinear))

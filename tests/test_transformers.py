@@ -96,6 +96,43 @@ def test_embeddings_are_quantized_on_load_and_stay_tied(tied, tiny_llama, tmp_pa
         NF4Config(quantize_embeddings="yes")
 
 
+def test_merged_model_is_saved_as_a_dense_one(dense, tmp_path) -> None:
+    model = nf4.add_lora(load(dense, quantization_config=NF4Config()), r=2)
+    torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
+    merged = nf4.merge(model)
+    assert not hasattr(merged.config, "quantization_config")
+    merged.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged")
+    assert not nf4_layers(again) and same_state(again, merged)
+
+
+@pytest.mark.parametrize("how", ["merge", "dequantize"])
+def test_tied_embeddings_in_4_bits_become_dense_and_are_saved(how, tiny_llama, tmp_path) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    config = NF4Config(quantize_embeddings=True)
+    model = load(tmp_path / "dense", quantization_config=config)
+    model = nf4.merge(model) if how == "merge" else model.dequantize()
+    model.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged")
+    assert same_state(again, model) and not nf4_layers(again)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_model_quantized_without_the_plug_in_is_saved_with_its_ties(tiny_llama, tmp_path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    nf4.quantize_model(model, skip_modules=(), quantize_embeddings=True)
+    model.save_pretrained(tmp_path / "saved")
+    nf4.merge(model).save_pretrained(tmp_path / "merged")
+    assert same_state(load(tmp_path / "merged", dtype=torch.float32), model)
+
+
+def test_a_config_is_not_changed_by_the_model_that_it_quantizes(dense) -> None:
+    config = NF4Config()
+    model = load(dense, quantization_config=config)
+    assert config.skip_modules is None
+    assert model.config.quantization_config.skip_modules == ["lm_head"]
+
+
 def test_conv1d_layers_of_gpt2_are_quantized(tmp_path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -108,6 +145,49 @@ def test_conv1d_layers_of_gpt2_are_quantized(tmp_path) -> None:
     assert len(nf4_layers(model)) == 8
     model.save_pretrained(tmp_path / "saved")
     assert same_state(load(tmp_path / "saved", dtype=torch.float32), model)
+    merged = nf4.merge(nf4.add_lora(model, r=2))
+    assert type(merged.transformer.h[0].attn.c_proj).__name__ == "Conv1D"
+    merged.save_pretrained(tmp_path / "merged")
+    again = load(tmp_path / "merged", dtype=torch.float32)
+    assert same_state(again, merged)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, merged(TOKENS).logits)
+
+
+HEADS = {
+    "classifier": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    "no_head": ("LlamaForCausalLM", "LlamaModel"),
+    "head_on_none": ("LlamaModel", "LlamaForCausalLM"),
+    "bert_pooler": ("BertForMaskedLM", "BertModel"),
+    "bert_classifier": ("BertForMaskedLM", "BertForSequenceClassification"),
+    "bert_back": ("BertModel", "BertForMaskedLM"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+}
+
+
+@pytest.mark.parametrize(("saved", "opened"), HEADS.values(), ids=HEADS.keys())
+def test_quantized_model_opens_with_another_head(saved, opened, tmp_path) -> None:
+    """What the files have in 4 bits is that, a head that they do not have is dense and new."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kind = getattr(transformers, saved)
+    options = {"pad_token_id": 0, "intermediate_size": 96, **sizes}
+    kind(kind.config_class(**options)).save_pretrained(tmp_path / "dense")
+    model = kind.from_pretrained(tmp_path / "dense", quantization_config=NF4Config())
+    model.save_pretrained(tmp_path / "saved")
+    other = getattr(transformers, opened).from_pretrained(tmp_path / "saved")
+    prefix = other.base_model_prefix
+    core = {n.removeprefix(f"{prefix}."): m for n, m in model.named_modules()}
+    found = {n.removeprefix(f"{prefix}."): m for n, m in other.named_modules()}
+    shared = [n for n, m in core.items() if isinstance(m, nf4.LinearNF4) and n in found]
+    assert len(shared) >= 8
+    assert all(torch.equal(core[n].packed, found[n].packed) for n in shared)
+    assert all(torch.isfinite(p).all() for p in other.parameters() if p.is_floating_point())
+    other.save_pretrained(tmp_path / "other")
+    again = type(other).from_pretrained(tmp_path / "other")
+    assert same_state(again, other)
 
 
 @pytest.fixture
@@ -224,13 +304,13 @@ BAD_FILES = {
         lambda tensors: tensors.update({f"{UP}.packed": tensors[f"{UP}.packed"].float()}),
         rf"model.safetensors: {UP}.packed: expected U8 \(160, 32\) .*, got F32 \(160, 32\)",
     ),
-    "skipped_layer": (
+    "other_shape_in_a_layer_that_was_skipped": (
         lambda tensors: tensors.update({"lm_head.packed": torch.zeros(4, 4, dtype=torch.uint8)}),
-        r"model.safetensors: lm_head.packed: expected weights of layers that .* lm_head, a Linear",
+        r"model.safetensors: lm_head.packed: expected U8 \(320, 32\) .*, got U8 \(4, 4\)",
     ),
     "unknown_kind": (
         lambda tensors: tensors.update({"model.norm.packed": torch.zeros(4, dtype=torch.uint8)}),
-        "model.norm.packed: expected weights of layers that nf4 quantizes, .* a LlamaRMSNorm",
+        "model.norm.packed: expected weights of layers that nf4 quantizes, got .* a LlamaRMSNorm",
     ),
 }
 

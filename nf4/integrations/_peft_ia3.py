@@ -76,6 +76,7 @@ class NF4IA3Linear(nn.Module, IA3Layer):  # type: ignore[misc]
             self.unmerge()
         if self._merged is not None:
             bias = self._merged_bias()
+            bias = None if bias is None else bias.to(x.dtype)
             return nn.functional.linear(x, self._merged.to(x.dtype), bias)
         factor = None if self.disable_adapters else self._factor(self.active_adapters)
         if factor is None:
@@ -127,10 +128,11 @@ class NF4IA3Linear(nn.Module, IA3Layer):  # type: ignore[misc]
         if self._merged is None:
             return self.base
         bias = self._merged_bias()
-        dense = self.base.to_linear(nn.Parameter(self._merged))
+        dense: Any = self.base.to_dense(nn.Parameter(self._merged))
         if bias is not None:
             dense.bias = nn.Parameter(bias.detach().to(self.base.dtype))
-        return dense
+        module: nn.Module = dense
+        return module
 
     def __repr__(self) -> str:
         """Name the layer as PEFT names its own."""

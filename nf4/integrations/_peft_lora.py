@@ -228,9 +228,7 @@ class NF4LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
         self.merge(safe_merge, adapter_names)
         if self._merged is None:
             return self.base
-        dense = self.base.to_linear()
-        dense.weight = nn.Parameter(self._merged)
-        return dense
+        return self.base.to_dense(nn.Parameter(self._merged))
 
     def __repr__(self) -> str:
         """Name the layer as PEFT names its own."""

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
+from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.quantized_module import QuantizedModule
 from nf4.tensor import PARTS
 
@@ -41,11 +43,39 @@ def stored_tensors(files: Iterable[str] | None) -> dict[str, Stored]:
     return found
 
 
+def is_part(name: str) -> bool:
+    """Return whether a tensor's name is that of a part of a 4-bit weight."""
+    return name.rpartition(".")[2] in PARTS
+
+
+def names_in_model(stored: Mapping[str, Stored], model: Any) -> dict[str, Stored]:
+    """Return what files hold by the names that the model has for them.
+
+    transformers renames tensors of some architectures, and the part of the model below its head
+    has a prefix in some files and in others not.
+    """
+    renamings = [
+        c for c in get_model_conversion_mapping(model) if not isinstance(c, WeightConverter)
+    ]
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    prefix = getattr(model, "base_model_prefix", "")
+    found = {}
+    for name, tensor in stored.items():
+        if is_part(name):
+            renamed = name
+            for renaming in renamings:
+                renamed, _ = renaming.rename_source_key(renamed)
+            names = [*_names(renamed, prefix), *_names(name, prefix)]
+            name = next((n for n in names if _module(n) in modules), names[0])
+        found[name] = tensor
+    return found
+
+
 def check_stored(stored: Mapping[str, Stored], model: Any, tied: Iterable[str]) -> None:
     """Raise unless files hold each part of each quantized weight, in its form, and no other.
 
     Args:
-        stored: what the files hold.
+        stored: what the files hold, by the model's names.
         model: whose layers are quantized already, on meta.
         tied: names of parts that are another's, and need not be stored.
 
@@ -53,51 +83,44 @@ def check_stored(stored: Mapping[str, Stored], model: Any, tied: Iterable[str]) 
         ValueError: a part is missing, has another form, or belongs to no quantized layer; the
             message names the tensor and the file.
     """
-    if not stored:
-        return
-    prefix = getattr(model, "base_model_prefix", "")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
     files = ", ".join(sorted({str(tensor.file) for tensor in stored.values()}))
-    known, seen = set(tied), set()
+    known = set(tied)
     for name, layer in layers.items():
         for part, tensor in zip(PARTS, layer.weight.parts(), strict=True):
             key = f"{name}.{part}"
-            names = [n for n in _names(key, prefix) if n in stored]
-            if tensor is None:
-                if names:
-                    raise ValueError(
-                        f"{stored[names[0]].file}: {names[0]}: expected none (double_quant=False), "
-                        "got one"
-                    )
+            found = stored.get(key)
+            if tensor is None and found is not None:
+                raise ValueError(
+                    f"{found.file}: {key}: expected none (double_quant=False), got one"
+                )
+            if tensor is None or (found is None and key in known):
                 continue
-            if not names:
-                if key in known:
-                    continue
+            if found is None:
                 raise ValueError(f"{key}: expected this tensor in {files}, found none")
-            seen.add(names[0])
-            found = stored[names[0]]
             expected = (tuple(tensor.shape), _DTYPES[str(tensor.dtype)])
             if (found.shape, found.dtype) != expected:
                 raise ValueError(
-                    f"{found.file}: {names[0]}: expected {expected[1]} {expected[0]} (block_size="
+                    f"{found.file}: {key}: expected {expected[1]} {expected[0]} (block_size="
                     f"{layer.block_size}, double_quant={layer.double_quant}), "
                     f"got {found.dtype} {found.shape}"
                 )
-    for key, one in stored.items():
-        module, _, part = key.rpartition(".")
-        if part == "packed" and key not in seen and one.dtype == "U8":
-            _check_unknown(module, one, model, prefix)
-
-
-def _check_unknown(module: str, tensor: Stored, model: nn.Module, prefix: str) -> None:
-    """Raise if a 4-bit weight belongs to a module of the model that is not quantized."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in _names(module, prefix):
-        if name in modules and not isinstance(modules[name], QuantizedModule):
+    for key, one in stored.items():
+        module = modules.get(key.rpartition(".")[0])
+        if key.endswith(".packed") and not isinstance(module, QuantizedModule | None):
             raise ValueError(
-                f"{tensor.file}: {module}.packed: expected weights of layers that nf4 quantizes, "
-                f"got one of {name}, a {type(modules[name]).__name__} (skip_modules?)"
+                f"{one.file}: {key}: expected weights of layers that nf4 quantizes, "
+                f"got one of a {type(module).__name__}"
             )
+
+
+def _module(name: str) -> str:
+    """Return the name of the module of a tensor; of an expert's, that of the dense experts."""
+    module, _, last = name.rpartition(".")[0].rpartition(".")
+    if last.isdigit() and module.rpartition(".")[2] in EXPERT_PARTS:
+        return module.rpartition(".")[0]
+    return name.rpartition(".")[0]
 
 
 def _names(key: str, prefix: str) -> list[str]:

@@ -17,8 +17,10 @@ from typing import Any
 
 import peft.tuners.lora.model as peft_lora
 import peft.tuners.tuners_utils as peft_utils
-from peft import IA3Config, LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, TaskType
 from peft.tuners.ia3.model import IA3Model
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from nf4.convert import MergeError, requantized
@@ -26,6 +28,7 @@ from nf4.initialize import check_rank, dense_source
 from nf4.integrations._peft_ia3 import NF4IA3Linear
 from nf4.integrations._peft_lora import NF4LoraLinear
 from nf4.linear import LinearNF4, QLoRALinear
+from nf4.quantized_module import QuantizedModule
 
 __all__ = [
     "NF4IA3Linear",
@@ -90,11 +93,18 @@ def merge_and_requantize(
 
     Raises:
         TypeError: model is no PeftModel.
-        ValueError: no layer of it is quantized by nf4.
+        ValueError: no layer of it is quantized by nf4, or another layer has an adapter too, which
+            would be lost: ``model.merge_and_unload()`` keeps it.
     """
     layers = _layers_of(model)
     if not layers:
         raise ValueError("model: expected adapters on LinearNF4 layers, found none")
+    for name, module in model.named_modules():
+        if isinstance(module, peft_utils.BaseTunerLayer) and name not in layers:
+            raise ValueError(
+                f"{name}: expected adapters on LinearNF4 layers alone, got one on a "
+                f"{type(module.get_base_layer()).__name__}"
+            )
     for name, layer in layers.items():
         base = layer.base
         base._set_weight(requantized(name, layer.exact_merged_weight(), base.weight, report))
@@ -111,6 +121,15 @@ def _on_nf4(target: nn.Module) -> bool:
             "nf4.add_lora or with PEFT, not with both"
         )
     return isinstance(target, LinearNF4)
+
+
+def _heads(model: Any, config: Any) -> list[Any]:
+    """Return what PEFT leaves out of "all-linear": the output layer, or a classifier."""
+    get = getattr(model, "get_output_embeddings", None)
+    heads = [None if get is None else get()]
+    if config.task_type == TaskType.SEQ_CLS:
+        heads += [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
+    return [head for head in heads if head is not None]
 
 
 def _install() -> None:
@@ -130,7 +149,9 @@ def _install() -> None:
         asked = getattr(peft_config, "target_modules", None)
         found = all_linear(peft_config, model)
         if isinstance(asked, str) and asked.lower() == "all-linear":
-            names = {n for n, m in model.named_modules() if isinstance(m, LinearNF4)}
+            heads = {id(head) for head in _heads(model, peft_config)}
+            modules = model.named_modules()
+            names = {n for n, m in modules if isinstance(m, LinearNF4) and id(m) not in heads}
             others: Iterable[str] = found.target_modules
             found.target_modules = names | ({others} if isinstance(others, str) else set(others))
         return found
@@ -148,6 +169,15 @@ def _install() -> None:
         else:
             replace_ia3(self, parent, name, new, old)
 
+    def update(self: Any, adapter_name: str, **options: Any) -> None:
+        if isinstance(self.original_module, QuantizedModule):
+            raise ValueError(
+                "modules_to_save: expected modules that can be trained, got a "
+                f"{type(self.original_module).__name__}; leave it dense by skip_modules"
+            )
+        update_saved(self, adapter_name, **options)
+
+    update_saved, ModulesToSaveWrapper.update = ModulesToSaveWrapper.update, update
     replace_ia3 = IA3Model._replace_module
     IA3Model._create_new_module = staticmethod(create)
     IA3Model._replace_module = replace

@@ -10,6 +10,7 @@ such a folder is opened. Weights are quantized one by one as they arrive, on the
 are meant for: memory holds the 4-bit model and a tensor. transformers 5.17 and newer.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -31,15 +32,22 @@ from nf4.convert import (
     quantized_layer,
     quantized_layers,
     replace_layers,
+    tie_parts,
     token_embeddings,
 )
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import check_block_size, quantize
-from nf4.integrations._stored import Stored, check_stored, stored_tensors
+from nf4.integrations._stored import (
+    Stored,
+    check_stored,
+    is_part,
+    names_in_model,
+    stored_tensors,
+)
 from nf4.linear import LinearNF4, is_conv1d
 from nf4.quantized_module import QuantizedModule
-from nf4.tensor import PARTS, NF4Tensor
+from nf4.tensor import NF4Tensor
 
 METHOD = "nf4"
 # transformers asks this of a weight before it draws one; some models name a layer's from outside
@@ -267,7 +275,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: NF4Config
 
     def __init__(self, quantization_config: NF4Config, **options: Any) -> None:
-        super().__init__(quantization_config, **options)
+        # A copy, for what is found out of one model is not said of another
+        super().__init__(copy.copy(quantization_config), **options)
         self.weights: frozenset[str] = frozenset()  # names, of those to be quantized
         self.errors: list[str] = []
         self.stored: dict[str, Stored] = {}  # what the checkpoint's files hold, by name
@@ -323,6 +332,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             config.skip_modules = self._default_skip(model)
         if config.quantize_embeddings:
             self._tie(model)
+        if self.pre_quantized and not self._reads_bitsandbytes and self.stored:
+            self._make_stored(model)
+            return
         layers = dense_layers(model, config.skip_modules, config.quantize_embeddings)
         if not layers:
             raise ValueError(
@@ -333,19 +345,42 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             f"{name}.{part}" for name, layer in layers.items() for part, _ in dense_weights(layer)
         )
         if self.pre_quantized and not self._reads_bitsandbytes:
+            self._make_empty(model, layers)
 
-            def empty(weight: Tensor) -> NF4Tensor:
-                return quantize(weight, config.block_size, config.double_quant)
+    def _make_stored(self, model: Any) -> None:
+        """Quantize, without values, the layers of which the files hold 4-bit weights.
 
-            def convert(old: nn.Module) -> nn.Module:
-                if is_experts(old):
-                    return ExpertsNF4(old, lambda weight: LinearNF4.from_weight(empty(weight)))
-                ((_, weight),) = dense_weights(old)
-                return quantized_layer(old, empty(weight))
+        The files decide, not skip_modules, which was that of the model that was saved: another head
+        may be on it now, which is dense and new.
+        """
+        self.stored = names_in_model(self.stored, model)
+        layers = dense_layers(model, (), self.quantization_config.quantize_embeddings)
+        stored = {name.rpartition(".")[0] for name in self.stored if is_part(name)}
+        inside = {name.rpartition(".")[0].rpartition(".")[0] for name in stored}
+        layers = {
+            name: layer
+            for name, layer in layers.items()
+            if self.tied.get(name, name) in stored or (is_experts(layer) and name in inside)
+        }
+        self.tied = {name: source for name, source in self.tied.items() if name in layers}
+        self._make_empty(model, layers)
+        check_stored(self.stored, model, model.all_tied_weights_keys)
 
-            replace_layers(model, layers, convert)
-            self._tie_parts(model)
-            check_stored(self.stored, model, model.all_tied_weights_keys)
+    def _make_empty(self, model: Any, layers: dict[str, nn.Module]) -> None:
+        """Replace layers by quantized ones on meta, whose values are to be loaded."""
+        config = self.quantization_config
+
+        def empty(weight: Tensor) -> NF4Tensor:
+            return quantize(weight, config.block_size, config.double_quant)
+
+        def convert(old: nn.Module) -> nn.Module:
+            if is_experts(old):
+                return ExpertsNF4(old, lambda weight: LinearNF4.from_weight(empty(weight)))
+            ((_, weight),) = dense_weights(old)
+            return quantized_layer(old, empty(weight))
+
+        replace_layers(model, layers, convert)
+        tie_parts(model, self.tied)
 
     def _default_skip(self, model: Any) -> list[str]:
         """Return what transformers leaves dense, but for what is tied to embeddings in 4 bits."""
@@ -375,20 +410,6 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             self.tied[module] = source.rpartition(".")[0]
             del model.all_tied_weights_keys[target]
 
-    def _tie_parts(self, model: Any) -> None:
-        """Let transformers tie the parts of a 4-bit weight, as it ties a dense one."""
-        parts = [
-            (f"{target}.{part}", f"{source}.{part}")
-            for target, source in self.tied.items()
-            for part, tensor in zip(PARTS, model.get_submodule(source).weight.parts(), strict=True)
-            if tensor is not None
-        ]
-        weights = {f"{target}.weight" for target in self.tied}
-        for name in ("all_tied_weights_keys", "_tied_weights_keys"):
-            known = getattr(model, name, None) or {}
-            kept = {key: value for key, value in known.items() if key not in weights}
-            setattr(model, name, kept | dict(parts))
-
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.errors:
             raise ValueError("; ".join(self.errors))
@@ -398,8 +419,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
                 for parameter in module.weight.tensors():
                     parameter.requires_grad_(False)
                 module._choose_layout()
-        if self.tied:
-            self._tie_parts(model)
+        tie_parts(model, self.tied)
         # What was done to the tensors of a checkpoint is undone when it is saved; not so where they
         # are quantized now
         conversions = getattr(model, "_weight_conversions", None) or []
