@@ -13,6 +13,7 @@ from . import (
     matmul_small,
     quantize,
     quantize_absmax,
+    quantize_mse,
     repack,
 )
 from ._aot import TARGETS, Report, Variant, report
@@ -32,6 +33,7 @@ def variants() -> list[Variant]:
     """Return the variants of all kernels."""
     modules = (
         quantize,
+        quantize_mse,
         quantize_absmax,
         dequantize,
         repack,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nf4.embedding import EmbeddingNF4, is_embedding
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
-from nf4.functional import check_block_size, check_weight, dequantize, quantize
+from nf4.functional import check_block_size, check_scale, check_weight, dequantize, quantize
 from nf4.linear import (
     LinearNF4,
     QLoRALinear,
@@ -37,6 +37,7 @@ def quantize_model(
     double_quant: bool = True,
     progress: Callable[[int, int], None] | None = None,
     quantize_embeddings: bool = False,
+    scale: str = "absmax",
 ) -> Model:
     """Replace every linear layer of a model by a `LinearNF4`, in place.
 
@@ -57,18 +58,19 @@ def quantize_model(
         quantize_embeddings: replace the embeddings of tokens by `EmbeddingNF4` too: what
             ``get_input_embeddings`` returns, or every ``torch.nn.Embedding`` of a model that has
             no such method.
+        scale: how scales are found, see `nf4.quantize`.
 
     Returns:
         The model; a new `LinearNF4` if the model itself is a linear layer.
 
     Raises:
         TypeError: model is no module, or a weight has an unsupported dtype.
-        ValueError: block_size is not supported, skip_modules no expression, no linear layer is
-            found, of two layers that share a weight one is to be skipped, the model has PEFT's
-            adapters, or a weight holds NaN or an infinity; the message names the layer.
+        ValueError: block_size or scale is not supported, skip_modules no expression, no linear
+            layer is found, of two layers that share a weight one is to be skipped, the model has
+            PEFT's adapters, or a weight holds NaN or an infinity; the message names the layer.
     """
     check_model(model)
-    block_size = check_block_size(block_size)
+    block_size, scale = check_block_size(block_size), check_scale(scale)
     skip_modules = check_skip_modules(skip_modules)
     wrapped = [m for m in model.modules() if type(m).__module__.startswith("peft.")]
     if wrapped:
@@ -88,7 +90,7 @@ def quantize_model(
     of_group: dict[int | None, NF4Tensor] = {}
 
     def quantized(weight: Tensor) -> NF4Tensor:
-        return quantize(weight, block_size, double_quant, check=True)
+        return quantize(weight, block_size, double_quant, scale=scale, check=True)
 
     def convert(layer: nn.Module) -> nn.Module:
         if is_experts(layer):

@@ -60,7 +60,12 @@ class EmbeddingNF4(QuantizedModule):
 
     @classmethod
     def from_embedding(
-        cls, source: nn.Module, *, block_size: int = 64, double_quant: bool = True
+        cls,
+        source: nn.Module,
+        *,
+        block_size: int = 64,
+        double_quant: bool = True,
+        scale: str = "absmax",
     ) -> "EmbeddingNF4":
         """Quantize a ``torch.nn.Embedding``.
 
@@ -68,17 +73,19 @@ class EmbeddingNF4(QuantizedModule):
             source: the embedding; left unchanged.
             block_size: elements that share one scale.
             double_quant: quantize the scales to 8 bits too.
+            scale: how scales are found, see `nf4.quantize`.
 
         Raises:
             TypeError: source is of another kind, or has max_norm or a forward of its own.
-            ValueError: the weight holds NaN or an infinity.
+            ValueError: the weight holds NaN or an infinity, or scale is not known.
         """
         if not isinstance(source, nn.Embedding) or not is_embedding(source):
             raise TypeError(
                 "source: expected a torch.nn.Embedding without max_norm, "
                 f"got {type(source).__name__}"
             )
-        return cls(source, quantize(source.weight, block_size, double_quant, check=True))
+        q = quantize(source.weight, block_size, double_quant, scale=scale, check=True)
+        return cls(source, q)
 
     @property
     def _weight_shape(self) -> torch.Size:

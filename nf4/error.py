@@ -130,6 +130,7 @@ def model_error(
     skip_modules: str | Iterable[str] = ("lm_head",),
     block_size: int = 64,
     double_quant: bool = True,
+    scale: str = "absmax",
 ) -> list[LayerError]:
     """Measure what `nf4.quantize_model` would cost, one row a layer; the model is left unchanged.
 
@@ -138,6 +139,7 @@ def model_error(
         skip_modules: names of modules to leave out, as for `nf4.quantize_model`.
         block_size: elements that share one scale.
         double_quant: quantize the scales to 8 bits too.
+        scale: how scales are found, see `nf4.quantize`.
 
     Raises:
         TypeError: model is no module, or a weight has an unsupported dtype.
@@ -156,7 +158,7 @@ def model_error(
         for part, w in dense_weights(layer):
             if w.is_meta:
                 raise ValueError(f"{name}.{part}: expected values to measure, got a meta tensor")
-            q = quantize(w, block_size, double_quant, check=True)
+            q = quantize(w, block_size, double_quant, scale=scale, check=True)
             row = name if part == "weight" else f"{name}.{part}"
             kind, error = row.rpartition(".")[2], quantization_error(w, q)
             rows.append(LayerError(row, kind, tuple(w.shape), q.bits_per_weight, error))

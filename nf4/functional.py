@@ -17,12 +17,15 @@ from nf4.operators import call
 from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.tensor import DTYPES, NF4Tensor, check_fragments, check_nf4, packed_shape
 
+SCALES = ("absmax", "mse", "mse-positive")
+
 
 def quantize(
     w: Tensor,
     block_size: int = 64,
     double_quant: bool = True,
     *,
+    scale: str = "absmax",
     check: bool | None = None,
     out: NF4Tensor | None = None,
 ) -> NF4Tensor:
@@ -34,6 +37,9 @@ def quantize(
             the flattened tensor; the last may be partial.
         double_quant: quantize the scales to 8 bits too: 4.127 instead of 4.5 bits per weight at
             block size 64.
+        scale: how the scale of a block is found. "absmax" takes its largest magnitude, "mse" the
+            one of either sign that costs least squared error, "mse-positive" the best positive
+            one. The format is the same, and what reads one reads all.
         check: whether to look for NaN and infinities. By default only where the answer costs no
             waiting, on a CPU: a GPU would have to be waited for. Unchecked, a block that holds one
             gets a scale that is not finite either, and never dequantizes to finite values.
@@ -44,8 +50,8 @@ def quantize(
 
     Raises:
         TypeError: w is no dense tensor of a supported dtype, or block_size no integer.
-        ValueError: block_size is not supported, out does not fit, or w was checked and holds NaN or
-            an infinity; the message names the first such index, and out is as it was.
+        ValueError: block_size or scale is not supported, out does not fit, or w was checked and
+            holds NaN or an infinity; the message names the first such index, and out is as it was.
 
     Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
     """
@@ -54,13 +60,22 @@ def quantize(
     for name, value in (("double_quant", double_quant), ("check", check)):
         if not isinstance(value, bool) and not (name == "check" and value is None):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    check_scale(scale)
     if check is None:
         check = w.device.type == "cpu"
     w = w.detach()
     if out is not None:
         _check_quantize_out(out, w, block_size, double_quant)
-        return _quantize_into(out, w, check)
-    packed, absmax = call("quantize", w, block_size, check)
+        if scale == "absmax":
+            return _quantize_into(out, w, check)
+        found = quantize(w, block_size, double_quant, scale=scale, check=check)
+        for old, new in zip(out.tensors(), found.tensors(), strict=True):
+            old.detach().copy_(new)
+        return out
+    if scale == "absmax":
+        packed, absmax = call("quantize", w, block_size, check)
+    else:
+        packed, absmax = call("quantize_mse", w, block_size, scale == "mse", check)
     packed = packed.view(packed_shape(w.shape))
     if not double_quant:
         return NF4Tensor(packed, absmax, w.shape, w.dtype, block_size)
@@ -316,6 +331,13 @@ def check_block_size(block_size: int) -> int:
     if size not in BLOCK_SIZES:
         raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {size}")
     return size
+
+
+def check_scale(scale: str) -> str:
+    """Return how scales are found, or raise ValueError if that is not known."""
+    if scale not in SCALES:
+        raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {scale!r}")
+    return scale
 
 
 def check_dropout(p: float, name: str) -> None:

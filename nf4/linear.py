@@ -111,7 +111,13 @@ class LinearNF4(QuantizedModule):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, *, block_size: int = 64, double_quant: bool = True, **options: Any
+        cls,
+        linear: nn.Module,
+        *,
+        block_size: int = 64,
+        double_quant: bool = True,
+        scale: str = "absmax",
+        **options: Any,
     ) -> Self:
         """Quantize a ``torch.nn.Linear`` or transformers' ``Conv1D``.
 
@@ -119,15 +125,16 @@ class LinearNF4(QuantizedModule):
             linear: the layer; left unchanged. Its bias is shared, not copied.
             block_size: elements that share one scale.
             double_quant: quantize the scales to 8 bits too.
+            scale: how scales are found, see `nf4.quantize`.
             **options: of an adapter, such as r and lora_alpha.
 
         Raises:
             TypeError: linear is of another kind, or a subclass with a forward of its own.
-            ValueError: a weight is NaN or infinite.
+            ValueError: a weight is NaN or infinite, or scale is not known.
         """
         weight = dense_weight(linear)
         bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
-        q = quantize(weight, block_size, double_quant, check=True)
+        q = quantize(weight, block_size, double_quant, scale=scale, check=True)
         layer = cls.from_weight(q, bias, **options)
         return layer.take_after(linear)
 

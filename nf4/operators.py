@@ -82,7 +82,11 @@ def call(name: str, *args: Any) -> Any:
 
 # What replaces references on a kind of device: packages, what they need, the files they have
 _KERNELS = (
-    ("nf4.kernels", "triton", ("quantize", "quantize_absmax", "dequantize", "repack")),
+    (
+        "nf4.kernels",
+        "triton",
+        ("quantize", "quantize_mse", "quantize_absmax", "dequantize", "repack"),
+    ),
     ("nf4.gpu", "triton", ("linear", "lora_linear")),
 )
 _FASTER = {
@@ -92,7 +96,7 @@ _FASTER = {
         (
             "nf4.cpu",
             "numba",
-            ("quantize", "quantize_absmax", "dequantize", "linear", "lora_linear"),
+            ("quantize", "quantize_mse", "quantize_absmax", "dequantize", "linear", "lora_linear"),
         ),
     ),
 }
@@ -143,7 +147,14 @@ def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 
 
 def _quantize(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
-    packed, absmax = _run("quantize", w, w, block_size)
+    return _checked(w, check, *_run("quantize", w, w, block_size))
+
+
+def _quantize_mse(w: Tensor, block_size: int, signed: bool, check: bool) -> tuple[Tensor, Tensor]:
+    return _checked(w, check, *_run("quantize_mse", w, w, block_size, signed))
+
+
+def _checked(w: Tensor, check: bool, packed: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
     if check and not torch.isfinite(absmax).all():
         position = (~torch.isfinite(w.reshape(-1))).nonzero()[0, 0].cpu()
         index = tuple(int(i) for i in torch.unravel_index(position, w.shape))
@@ -151,7 +162,7 @@ def _quantize(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
-def _quantize_fake(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
+def _quantize_fake(w: Tensor, block_size: int, *flags: bool) -> tuple[Tensor, Tensor]:
     n = w.numel()
     return (
         w.new_empty((n + 1) // 2, dtype=torch.uint8),
@@ -361,6 +372,12 @@ define(
     "quantize",
     "(Tensor w, int block_size, bool check) -> (Tensor, Tensor)",
     _quantize,
+    _quantize_fake,
+)
+define(
+    "quantize_mse",
+    "(Tensor w, int block_size, bool signed, bool check) -> (Tensor, Tensor)",
+    _quantize_mse,
     _quantize_fake,
 )
 define(

@@ -26,7 +26,9 @@ def test_kernel_has_the_signature_of_its_reference(op) -> None:
     assert kernel == reference
 
 
-@pytest.mark.parametrize("op", ["quantize", "quantize_absmax", "dequantize", "repack"])
+@pytest.mark.parametrize(
+    "op", ["quantize", "quantize_mse", "quantize_absmax", "dequantize", "repack"]
+)
 def test_operator_takes_the_kernel_on_a_gpu(op) -> None:
     from nf4.operators import implementation
 

@@ -37,7 +37,7 @@ from nf4.convert import (
 )
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
-from nf4.functional import check_block_size, quantize
+from nf4.functional import check_block_size, check_scale, quantize
 from nf4.integrations._stored import (
     Stored,
     check_stored,
@@ -78,11 +78,12 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         quantize_embeddings: quantize the embeddings of tokens too, and with them an output layer
             that is tied to them.
         codebook: "nf4", the only one; a checkpoint says so.
+        scale: how scales are found, see `nf4.quantize`.
         **ignored: what newer versions add.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: block_size is not supported, or stored_as or codebook another word.
+        ValueError: block_size is not supported, or stored_as, codebook or scale another word.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         stored_as: str = METHOD,
         quantize_embeddings: bool = False,
         codebook: str = "nf4",
+        scale: str = "absmax",
         **ignored: Any,
     ) -> None:
         for name, value in (
@@ -114,7 +116,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.skip_modules = skip_modules
         self.stored_as = stored_as
         self.quantize_embeddings = quantize_embeddings
-        self.codebook = codebook
+        self.codebook, self.scale = codebook, check_scale(scale)
 
     @classmethod
     def from_bitsandbytes(cls, config: BitsAndBytesConfig | dict[str, Any]) -> "NF4Config":
@@ -205,15 +207,21 @@ class _Quantize(_Operation):
         self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str], **_: Any
     ) -> dict[str, Tensor]:
         config = self.hf_quantizer.quantization_config
-        options = (config.block_size, config.double_quant)
+        make = partial(
+            quantize,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+            scale=config.scale,
+            check=True,
+        )
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             layer = model.get_submodule(name.rpartition(".")[0])
             if is_experts(layer):
-                self._put_experts(model, name, layer, weight, options, missing_keys)
+                self._put_experts(model, name, layer, weight, make, missing_keys)
                 continue
             weight = weight.T if is_conv1d(layer) else weight
-            self.put(model, name, partial(quantize, weight, *options, check=True), missing_keys)
+            self.put(model, name, partial(make, weight), missing_keys)
         return {}
 
     def _put_experts(
@@ -222,7 +230,7 @@ class _Quantize(_Operation):
         name: str,
         old: nn.Module,
         weight: Tensor,
-        options: tuple[int, bool],
+        make: Callable[[Tensor], NF4Tensor],
         missing_keys: set[str],
     ) -> None:
         """Quantize one weight of all experts; replace them once both are here."""
@@ -230,7 +238,7 @@ class _Quantize(_Operation):
         missing_keys.discard(name)
         waiting = self.hf_quantizer.waiting.setdefault(module, {})
         try:
-            waiting[part] = [quantize(w, *options, check=True) for w in weight]
+            waiting[part] = [make(w) for w in weight]
         except ValueError as error:
             self.hf_quantizer.refuse(name, error)
         if len(waiting) == len(EXPERT_PARTS):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ptx_program import Address, Instruction, Number, Operand, Register, parse
 from ptx_tensor_cores import TensorCores
-from ptx_values import BITS, U, UnknownInstruction, evaluate, from_float, low_bits, to_float
+from ptx_values import BITS, U, UnknownInstruction, evaluate, from_float, low_bits, signed, to_float
 
 # What LLVM leaves undefined, bytes that a prmt does not select for example, reads as this.
 GARBAGE = 0x7FEDCBA97FEDCBA9
@@ -70,6 +70,7 @@ class Machine(TensorCores):
             "st": self._st,
             "cp": self._cp_async,
             "shfl": self._shfl,
+            "redux": self._redux,
             "atom": self._atom,
             "red": self._atom,
             "wgmma": self._wgmma,
@@ -277,6 +278,14 @@ class Machine(TensorCores):
         self.set(Register(names[0]), value[self.warp_base + source], on, 32)
         if len(names) > 1:
             self.set(Register(names[1]), inside, on)
+
+    def _redux(self, op: list[str], a: list[Operand], on: np.ndarray) -> None:
+        if op[2:] != ["add", "s32"] or (low_bits(self.get(a[2]), 32) != 0xFFFFFFFF).any():
+            raise UnknownInstruction(".".join(op))
+        if not on.all():
+            raise PtxError("a reduction in a part of a warp")
+        total = signed(self.get(a[1]), 32).reshape(-1, 32).sum(axis=1)
+        self.set(a[0], total.repeat(32).astype(U), on, 32)
 
     # --- control
 

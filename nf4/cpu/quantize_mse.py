@@ -1,0 +1,133 @@
+"""Quantize to NF4 with the scale of least squared error, a block at a time.
+
+What is computed is defined, and told, in nf4/reference/quantize_mse.py; equal to it in every bit.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
+from nf4.cpu._threads import spread
+from nf4.cpu.dequantize import compiled
+from nf4.scale_search import CANDIDATES, LEVEL_UNIT, LEVELS, REFINEMENTS, X_UNIT
+
+SLAB = 1 << 20  # elements, whole blocks of every size
+GRAIN = 1 << 13  # elements worth a thread of their own
+
+_LEVELS = np.array(LEVELS, np.int32)
+_INTO_V = np.float32(1 / X_UNIT)
+
+
+@compiled
+def _sums(v, sign, size, thresholds, levels, level, sums):  # type: ignore[no-untyped-def]
+    """Write sum(x l) and sum(l^2) of the codes of a scale, in units, into sums."""
+    for i in range(len(v)):
+        level[i] = levels[0]
+    for k in range(15):
+        threshold = np.int32(np.floor(np.float64(thresholds[k]) * size))
+        step = levels[k + 1] - levels[k]
+        if sign > 0:
+            for i in range(len(v)):
+                level[i] += step * np.int32(v[i] > threshold)
+        else:
+            for i in range(len(v)):
+                level[i] += step * np.int32(-v[i] > threshold)
+    a = np.int64(0)
+    b = np.int64(0)
+    for i in range(len(v)):
+        a += np.int64(v[i] * level[i])
+        b += np.int64(level[i] * level[i])
+    sums[0], sums[1] = a * sign, b
+
+
+@compiled
+def _loop(x, thresholds, levels, ratios, signed, block_size, codes, absmax, begin, end):  # type: ignore[no-untyped-def]
+    v = np.empty(block_size, np.int32)
+    level = np.empty(block_size, np.int32)
+    scaled = np.empty(block_size, np.float32)
+    sums = np.empty(2, np.int64)
+    for block in range(begin, end):
+        values = x[block * block_size : (block + 1) * block_size]
+        largest = np.float32(0)
+        finite = True
+        for i in range(block_size):
+            finite &= np.isfinite(values[i])
+            largest = max(largest, abs(values[i]))
+        if not finite:  # a NaN or an infinity, as the reference's largest magnitude is
+            largest = np.float32(np.inf)
+            for i in range(block_size):
+                if np.isnan(values[i]):
+                    largest = np.float32(np.nan)
+        if largest < np.float32(SMALLEST_ABSMAX):
+            largest = np.float32(0)
+        scale = largest
+        if finite and largest != np.float32(0):
+            inverse = np.float32(1) / largest
+            for i in range(block_size):
+                v[i] = np.int32(np.rint((values[i] * inverse) * _INTO_V))
+            best, ratio = 0.0, 1.0
+            for trial in range(len(ratios) * (2 if signed else 1) + REFINEMENTS):
+                if trial < len(ratios):
+                    tried = ratios[trial]
+                elif signed and trial < 2 * len(ratios):
+                    tried = -ratios[trial - len(ratios)]
+                else:
+                    tried = ratio
+                sign = 1 if tried > 0 else -1
+                _sums(v, sign, abs(tried) / X_UNIT, thresholds, levels, level, sums)
+                a, b = np.float64(sums[0]), np.float64(sums[1])
+                found = a * a / b
+                if found > best and a > 0:
+                    best = found
+                    ratio = sign * (a / b) * (X_UNIT / LEVEL_UNIT)
+            scale = np.float32(np.float64(largest) * ratio)
+        absmax[block] = scale
+        inverse = np.float32(0)
+        if scale != np.float32(0):
+            inverse = np.float32(1) / scale
+        for i in range(block_size):
+            scaled[i] = values[i] * inverse
+            level[i] = 0
+        for k in range(15):
+            threshold = thresholds[k]
+            for i in range(block_size):
+                level[i] += np.int32(scaled[i] > threshold)
+        out = codes[block * block_size : (block + 1) * block_size]
+        for i in range(block_size):
+            out[i] = level[i]
+
+
+def quantize_mse(
+    w: Tensor, block_size: int, signed: bool, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize w; arguments and results as in nf4/reference/quantize_mse.py."""
+    x = w.detach().reshape(-1)
+    n = x.numel()
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    thresholds = np.array(nf4_thresholds(), np.float32)
+    ratios = np.array(CANDIDATES)
+    for begin in range(0, n, SLAB):
+        slab = x[begin : begin + SLAB].float().contiguous()
+        count = slab.numel()
+        blocks = -(-count // block_size)
+        if count % block_size:
+            slab = torch.nn.functional.pad(slab, (0, blocks * block_size - count))
+        codes = torch.empty(blocks * block_size, dtype=torch.uint8)
+        spread(
+            _loop,
+            range(blocks),
+            max(GRAIN // block_size, 1),
+            slab.numpy(),
+            thresholds,
+            _LEVELS,
+            ratios,
+            signed,
+            block_size,
+            codes.numpy(),
+            absmax[begin // block_size :].numpy(),
+        )
+        codes = codes[: count + count % 2]
+        packed[begin // 2 : begin // 2 + len(codes) // 2] = codes[0::2] << 4 | codes[1::2]
+    return (packed, absmax) if out is None else (out[0].copy_(packed), out[1].copy_(absmax))
