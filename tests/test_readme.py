@@ -25,6 +25,7 @@ def test_readme_examples_run_in_order(tmp_path, monkeypatch, capsys) -> None:
     for line in (
         "4.127 bits per weight)",
         "0.092 of the norm, 20.7 dB",
+        "0.083",
         "['bias', 'lora_A', 'lora_B']",
     ):
         assert line in printed and line in README

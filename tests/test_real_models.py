@@ -24,7 +24,14 @@ MODELS = {
     ),
     "GPT-2": ("mgm", "resources/general_model", GPT2LMHeadModel, 32),
 }
-SENTENCES = ["A man is eating food.", "The girl is carrying a baby.", "Rain fell on the old town."]
+SENTENCES = [
+    "A man is eating food.",
+    "The girl is carrying a baby.",
+    "Rain fell on the old town.",
+    "The theorem follows by induction on the number of vertices.",
+    "Add the flour and stir until the dough is smooth.",
+    "The satellite lost contact with the ground station.",
+]
 
 
 def folder_of(name: str) -> Path:
@@ -85,8 +92,12 @@ def test_sentence_embeddings_stay_where_they_were() -> None:
             hidden = model(**batch).last_hidden_state
         return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
-    dense, ours = embed(load("MiniLM")), embed(load("MiniLM", quantization_config=NF4Config()))
-    assert ((dense * ours).sum(-1) > 0.95).all()
+    dense, similarity = embed(load("MiniLM")), {}
+    for scale in ("absmax", "mse"):
+        ours = embed(load("MiniLM", quantization_config=NF4Config(scale=scale)))
+        similarity[scale] = (dense * ours).sum(-1)
+        assert (similarity[scale] > 0.95).all()
+    assert similarity["mse"].mean() > similarity["absmax"].mean()
 
 
 @pytest.mark.parametrize("name", ["ALBERT", "GPT-2"])
