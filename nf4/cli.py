@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,11 +17,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as on the command line, without the program's name; ``sys.argv`` by default.
 
     Returns:
-        0 if it did what was asked, 2 after an error of the user's, which is one line on stderr.
+        0 if it did what was asked, 1 if what was checked is wrong, 2 after an error of the user's,
+        which is one line on stderr.
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return int(options.run(options) or 0)
     except (ValueError, TypeError, OSError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         sys.stderr.write(f"nf4 {options.command}: {reason}\n")
@@ -29,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"nf4 {options.command}: interrupted\n")
         return 130
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,6 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--shapes", nargs="+", metavar="NxK", help="weights to tune for")
     bench.add_argument("--json", action="store_true", help="print the result as JSON")
     bench.set_defaults(run=_bench)
+    check = commands.add_parser(
+        "verify",
+        help="check every operator on this machine against its reference and float64",
+        description="Run every operator on a device, by its kernels where it has them. Codes, "
+        "scales and dequantized values are compared bit for bit with the reference, products and "
+        "gradients with float64. Exit status 1 if anything differs.",
+    )
+    check.add_argument("--device", help="cuda, cuda:1, cpu, … (default: a GPU if there is one)")
+    check.add_argument("--json", action="store_true", help="print every comparison as JSON")
+    check.set_defaults(run=_verify)
     return parser
 
 
@@ -112,6 +122,39 @@ def _bench(options: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
         return
     sys.stdout.write(compiler.table(rows))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+
+    from nf4.demo.report import progress_bar
+    from nf4.verify import verify
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with progress_bar(f"Verify on {device}", 4) as bar:
+        rows = verify(device, lambda *_: bar.step())
+    wrong = [row for row in rows if not row.ok]
+    if options.json:
+        sys.stdout.write(json.dumps([{**asdict(row), "ok": row.ok} for row in rows]) + "\n")
+    else:
+        Console().print(_verify_table(rows))
+        for row in wrong[:20]:
+            sys.stdout.write(f"{row.operator}: {row.case}: {row.found:g}, at most {row.bound:g}\n")
+    return 1 if wrong else 0
+
+
+def _verify_table(rows: Sequence[Any]) -> Any:
+    from rich.table import Table
+
+    table = Table("operator", "against", "comparisons", "wrong", "nearest to its bound")
+    for name, against in dict.fromkeys((row.operator, row.against) for row in rows):
+        own = [row for row in rows if (row.operator, row.against) == (name, against)]
+        wrong = sum(not row.ok for row in own)
+        nearest = max((row.found / row.bound for row in own if row.bound), default=None)
+        share = "" if nearest is None else f"{100 * nearest:.0f} %"
+        table.add_row(name, against, str(len(own)), str(wrong), share)
+    return table
 
 
 def _tune(options: argparse.Namespace) -> None:
