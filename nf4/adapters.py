@@ -38,6 +38,7 @@ def add_lora(
     adapter_name: str = "default",
     init_lora_weights: bool | str = True,
     original: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
+    bias: str = "none",
 ) -> Model:
     """Add a trainable low-rank adapter to quantized layers, and freeze everything else.
 
@@ -61,6 +62,8 @@ def add_lora(
             alternation: the base stays); it needs original.
         original: the weights before quantization: the dense model, its state dict, or a folder of
             safetensors. PiSSA takes the dequantized ones without it.
+        bias: which biases train too, and are saved with the adapter: "none", "lora_only" for those
+            of layers with an adapter, or "all". Only for a model's only adapter.
 
     Returns:
         The model; a new `QLoRALinear` if the model itself is the layer.
@@ -73,6 +76,14 @@ def add_lora(
     check_model(model)
     check_lora_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
     check_adapter_name(adapter_name)
+    check_bias(bias)
+    others = [name for name in adapter_names(model) if name != adapter_name]
+    modes = {layer.trained_biases for layer in _adapted(model)}
+    if (others and {bias, *modes} != {"none"}) or modes - {bias}:
+        raise ValueError(
+            f"bias: expected {'one adapter' if others else 'one value'} for a model that trains "
+            f"biases, got {bias!r} beside {', '.join(others) or ', '.join(modes)}"
+        )
     if adapter_name in adapter_names(model) and base_change_of(model, adapter_name):
         raise ValueError(
             f"adapter_name: expected another name than {adapter_name!r}, which started by pissa"
@@ -124,7 +135,33 @@ def add_lora(
     model = replace_layers(model, targets, convert)
     freeze_base(model)
     set_adapter(model, adapter_name)
+    train_biases(model, bias)
     return model
+
+
+def check_bias(bias: str) -> None:
+    """Raise ValueError unless bias is one of PEFT's words for which biases train."""
+    if bias not in ("none", "lora_only", "all"):
+        raise ValueError(f"bias: expected none, lora_only or all, got {bias!r}")
+
+
+def train_biases(model: nn.Module, bias: str) -> None:
+    """Let biases need gradients beside a model's adapter, as `add_lora` has it."""
+    for layer in _adapted(model):
+        layer.trained_biases = bias
+    for parameter in biases_of(model, bias).values():
+        parameter.requires_grad_(True)
+
+
+def biases_of(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
+    """Return the biases that "none", "lora_only" or "all" means, by name."""
+    adapted = {id(layer.bias) for layer in _adapted(model)}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] == "bias"
+        and (bias == "all" or (bias == "lora_only" and id(parameter) in adapted))
+    }
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Iterable[str] | None) -> None:

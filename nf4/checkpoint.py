@@ -19,7 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nf4.adapters import adapter_names, freeze_base, match_names, set_adapter
+from nf4.adapters import (
+    adapter_names,
+    biases_of,
+    freeze_base,
+    match_names,
+    set_adapter,
+    train_biases,
+)
 from nf4.convert import check_model, quantized_layers, replace_layers
 from nf4.files import check_new, new_folder
 from nf4.initialize import dense_source, initialize
@@ -44,7 +51,7 @@ _KEY = re.compile(
 # Options of PEFT that change what the tensors mean, with the values that do not; an option in
 # neither list must be empty, for it may be one that came after this was written.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
+    "bias": ("none", "lora_only", "all"),
     "use_rslora": (False, True, None),
     "use_dora": (False, True, None),
     # pissa, olora and their like train against a base weight they have changed; see _check_place
@@ -166,6 +173,10 @@ def save_adapter(
         for part, tensor in parts.items():
             key = f"{name}.{part}" if name else part
             tensors[_PREFIX + key] = tensor.detach().cpu().contiguous()
+    for name, parameter in biases_of(model, config["bias"]).items():
+        module = _file_name(name.rpartition(".")[0])
+        key = f"{module}.base_layer.bias" if module in layers else _file_name(name)
+        tensors[_PREFIX + key] = parameter.detach().cpu().contiguous()
     with new_folder(path) as folder:
         metadata = {"format": "pt"}
         if changes is not None:
@@ -206,8 +217,10 @@ def load_adapter(
     check_adapter_name(name)
     model = _unwrapped(model)
     config = _read_config(path / CONFIG_NAME)
-    adapters = _read_tensors(path / WEIGHTS_NAME)
+    adapters, biases = _read_tensors(path / WEIGHTS_NAME)
     layers = quantized_layers(model)
+    bias = config.get("bias") or "none"
+    values = _find_biases(model, biases, bias, beside, path / WEIGHTS_NAME)
     pissa = config.get("init_lora_weights") == "pissa"
     from_original = _metadata(path / WEIGHTS_NAME).get(_FROM_ORIGINAL) == "True"
     found: dict[int, _Adapter] = {}
@@ -271,6 +284,32 @@ def load_adapter(
     replace_layers(model, layers, convert)
     freeze_base(model)
     set_adapter(model, name)
+    train_biases(model, bias if not beside else "none")
+    with torch.no_grad():
+        for parameter, value in values:
+            parameter.copy_(value)
+
+
+def _find_biases(
+    model: nn.Module, biases: dict[str, Tensor], bias: str, beside: bool, file: Path
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return the parameters that a file's biases go to; layers may change, their biases stay."""
+    if beside and bias != "none":
+        raise ValueError(f"{file}: expected bias='none' beside other adapters, got {bias!r}")
+    if biases and bias == "none":
+        raise ValueError(f"{file}: expected no bias with bias='none', got {next(iter(biases))!r}")
+    known = {_file_name(n): p for n, p in model.named_parameters() if n.endswith("bias")}
+    found = []
+    for name, value in biases.items():
+        parameter = known.get(name.replace(".base_layer.bias", ".bias"))
+        if parameter is None or parameter.shape != value.shape or not value.isfinite().all():
+            shape = None if parameter is None else tuple(parameter.shape)
+            raise ValueError(
+                f"{file}: {name}: expected the bias of a layer of this model, of shape {shape} and "
+                f"finite, got {tuple(value.shape)}"
+            )
+        found.append((parameter, value))
+    return found
 
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoRA]:
@@ -464,11 +503,18 @@ def _adapter_config(model: nn.Module, layers: dict[str, LoRA]) -> dict[str, Any]
         "alpha_pattern": {
             exact[n]: m.lora_alpha for n, m in layers.items() if m.lora_alpha != alpha
         },
-        "bias": "none",
+        "bias": _trained_biases(model),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
     }
+
+
+def _trained_biases(model: nn.Module) -> str:
+    found = {m.trained_biases for m in model.modules() if isinstance(m, QLoRALinear)}
+    if len(found) > 1:
+        raise ValueError(f"bias: expected one value for all adapters, got {found}")
+    return found.pop()
 
 
 def _target_modules(model: nn.Module, layers: dict[str, LoRA]) -> list[str] | str:
@@ -508,8 +554,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(file: Path) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a file by module and by the end of their name."""
+def _read_tensors(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return adapters' tensors by module and by the end of their name, and biases by name."""
     if not file.is_file():
         raise FileNotFoundError(
             f"path: expected a folder with {WEIGHTS_NAME}, {file} does not exist"
@@ -519,7 +565,11 @@ def _read_tensors(file: Path) -> dict[str, dict[str, Tensor]]:
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a safetensors file, got {error}") from error
     modules: dict[str, dict[str, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if key.startswith(_PREFIX) and key.endswith(".bias") and tensor.ndim == 1:
+            biases[key.removeprefix(_PREFIX)] = tensor
+            continue
         match = _KEY.fullmatch(key)
         dims = 1 if match is not None and match["part"] == "lora_magnitude_vector" else 2
         if match is None or tensor.ndim != dims or not tensor.is_floating_point():
@@ -534,4 +584,4 @@ def _read_tensors(file: Path) -> dict[str, dict[str, Tensor]]:
             raise ValueError(f"{file}: {name}: expected lora_A and lora_B, got only one of them")
     if not modules:
         raise ValueError(f"{file}: expected lora_A and lora_B tensors, got none")
-    return modules
+    return modules, biases

@@ -406,6 +406,7 @@ class QLoRALinear(LinearNF4, LoRA):
         self.active_adapters: tuple[str, ...] = (adapter_name,)
         self.adapters: nn.ModuleDict | None = None  # further ones
         self.base_change: BaseChange | None = None
+        self.trained_biases = "none"  # of the model, beside the adapter: see nf4.add_lora
         self.adapters_disabled = False
         self.samples: tuple[str | None, ...] | None = None  # adapters of a batch's samples
         self._make_adapter(self.weight)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import nf4
+import nf4.integrations.peft
 from nf4.adapters import adapter_names
 
 TOKENS = torch.arange(24).view(2, 12) % 320
@@ -81,6 +82,44 @@ def test_kind_is_peft_s_in_values_gradients_and_files(options, base, tmp_path) -
     names = {n for n, p in model.named_parameters() if p.requires_grad}
     kinds = {n.rpartition(".")[2] for n in names}
     assert kinds == {"lora_A", "lora_B"} | ({"lora_magnitude"} if "use_dora" in options else set())
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_train_and_are_saved_as_peft_does(bias, tiny_llama, tmp_path) -> None:
+    base = nf4.quantize_model(tiny_llama(attention_bias=True, mlp_bias=True).eval())
+    targets = ["q_proj", "up_proj"]
+    model = with_lora(base, target_modules=targets, bias=bias)
+    theirs = get_peft_model(
+        nf4.merge(copy.deepcopy(base)), LoraConfig(r=4, target_modules=targets, bias=bias)
+    )
+    trained = {n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")}
+    expected = {
+        n.removeprefix("base_model.model.").replace("base_layer.", "")
+        for n, p in theirs.named_parameters()
+        if p.requires_grad and n.endswith("bias")
+    }
+    assert trained == expected and trained
+    randomize(model)
+    for name in trained:
+        model.get_parameter(name).data += 0.1
+    nf4.save_adapter(model, tmp_path / "ours")
+    again = copy.deepcopy(base)
+    nf4.load_adapter(again, tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+    again_trained = {n for n, p in again.named_parameters() if p.requires_grad}
+    assert again_trained == {n for n, p in model.named_parameters() if p.requires_grad}
+    opened = PeftModel.from_pretrained(nf4.merge(copy.deepcopy(base)), tmp_path / "ours").eval()
+    assert error(logits(opened), logits(model)) < 1e-5
+    opened.save_pretrained(tmp_path / "theirs")
+    again = copy.deepcopy(base)
+    nf4.load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ValueError, match="bias: expected one adapter for a model that trains bias"):
+        nf4.add_lora(model, adapter_name="second")
+    with pytest.raises(ValueError, match="expected bias='none' beside other adapters"):
+        nf4.load_adapter(base, tmp_path / "ours", "beside")
+    with pytest.raises(ValueError, match="bias: expected none, lora_only or all, got 'some'"):
+        nf4.add_lora(base, bias="some")
 
 
 def test_dropout_of_dora_drops_in_training_only(base) -> None:

@@ -238,6 +238,7 @@ def truncate(folder) -> None:
 UP_A = "base_model.model.up.lora_A.weight"
 UP_B = "base_model.model.up.lora_B.weight"
 DOWN_M = "base_model.model.down.lora_magnitude_vector"
+UP_BIAS = "base_model.model.up.base_layer.bias"
 UP_M = "base_model.model.up.lora_magnitude_vector"
 BAD_FILES = {
     "no_folder": (lambda f: f.rename(f.with_name("gone")), FileNotFoundError, "does not exist"),
@@ -281,7 +282,20 @@ BAD_FILES = {
         ValueError,
         r"up: expected lora_magnitude_vector of shape \(160,\), got \(159,\)",
     ),
-    "bias": (lambda f: edit_config(f, bias="all"), ValueError, "bias='all'"),
+    "bias": (lambda f: edit_config(f, bias="some"), ValueError, "bias='some'"),
+    "bias_unasked": (
+        lambda f: edit_tensors(f, lambda t: t.update({UP_BIAS: torch.ones(160)})),
+        ValueError,
+        "expected no bias with bias='none', got 'up.base_layer.bias'",
+    ),
+    "bias_shape": (
+        lambda f: (
+            edit_config(f, bias="lora_only"),
+            edit_tensors(f, lambda t: t.update({UP_BIAS: torch.ones(159)})),
+        ),
+        ValueError,
+        r"up.base_layer.bias: expected the bias of a layer .* shape \(160,\) .*, got \(159,\)",
+    ),
     "r": (lambda f: edit_config(f, r=0), ValueError, "r: expected an int of at least 1, got 0"),
     "r_none": (lambda f: edit_config(f, r=None), ValueError, "r: expected an int, got NoneType"),
     "dropout": (lambda f: edit_config(f, lora_dropout=3), ValueError, "lora_dropout: expected"),
