@@ -10,6 +10,7 @@ from nf4.convert import (
     Model,
     check_model,
     check_names,
+    check_no_peft,
     compile_pattern,
     quantized_layers,
     replace_layers,
@@ -74,6 +75,7 @@ def add_lora(
             an option is out of range, or a weight of original is missing or has another shape.
     """
     check_model(model)
+    check_no_peft(model)
     check_lora_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
     check_adapter_name(adapter_name)
     check_bias(bias)

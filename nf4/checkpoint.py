@@ -27,7 +27,7 @@ from nf4.adapters import (
     set_adapter,
     train_biases,
 )
-from nf4.convert import check_model, quantized_layers, replace_layers
+from nf4.convert import check_model, check_no_peft, quantized_layers, replace_layers
 from nf4.files import check_new, new_folder
 from nf4.initialize import dense_source, initialize
 from nf4.linear import (
@@ -158,6 +158,7 @@ def save_adapter(
             adapter's start has changed.
     """
     check_model(model)
+    check_no_peft(model)
     path = check_new(path, "path")
     model = _unwrapped(model)
     layers = adapter_layers(model, adapter_name)
@@ -167,6 +168,8 @@ def save_adapter(
     for name, layer in layers.items():
         if layer.lora_A.is_meta:
             raise ValueError(f"{name}: expected an adapter with values, got one on meta")
+        if not all(p.isfinite().all() for p in layer.parameters_of_adapter()):
+            raise ValueError(f"{name}: expected an adapter of finite values to save, got others")
         parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
         if layer.lora_magnitude is not None:
             parts["lora_magnitude_vector"] = layer.lora_magnitude
@@ -212,8 +215,10 @@ def load_adapter(
         ValueError: a file is corrupt, is no LoRA or DoRA adapter, or does not fit the model or its
             base, or a layer has an adapter of that name; the message names the file and the tensor.
     """
-    path, beside, name = Path(path), adapter_name is not None, adapter_name or "default"
+    path, beside = Path(path), adapter_name is not None
+    name = "default" if adapter_name is None else adapter_name
     check_model(model)
+    check_no_peft(model)
     check_adapter_name(name)
     model = _unwrapped(model)
     config = _read_config(path / CONFIG_NAME)
@@ -377,7 +382,7 @@ def _check_tensors(layer: LinearNF4, name: str, tensors: dict[str, Tensor], file
             f"{file}: {name}: expected lora_magnitude_vector of shape ({layer.out_features},), "
             f"got {tuple(magnitude.shape)}"
         )
-    if not all(t.isfinite().all() for t in tensors.values()):
+    if not all(t.float().isfinite().all() for t in tensors.values()):
         raise ValueError(f"{file}: {name}: expected finite values, got NaN or an infinity")
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from nf4.codebook import NF4_LEVELS
 from nf4.distributions import Normal
+from nf4.functional import check_block_size
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -41,7 +42,8 @@ def codebook(name: str, block_size: int = 64) -> tuple[float, ...]:
         block_size: for which af4 and the bof4 kinds are computed.
 
     Raises:
-        ValueError: there is no such codebook.
+        TypeError: block_size is no integer.
+        ValueError: there is no such codebook, or block_size is not supported.
     """
     if name == "nf4":
         return NF4_LEVELS
@@ -51,7 +53,7 @@ def codebook(name: str, block_size: int = 64) -> tuple[float, ...]:
     if name == "int4":
         return tuple(i / 7 for i in range(-7, 8))
     if name in CODEBOOKS:
-        return _lloyd(name, block_size)
+        return _lloyd(name, check_block_size(block_size))
     raise ValueError(f"codebook: expected one of {', '.join(CODEBOOKS)}, got {name!r}")
 
 

@@ -72,12 +72,8 @@ def quantize_model(
     check_model(model)
     block_size, scale = check_block_size(block_size), check_scale(scale)
     skip_modules = check_skip_modules(skip_modules)
-    wrapped = [m for m in model.modules() if type(m).__module__.startswith("peft.")]
-    if wrapped:
-        raise ValueError(
-            f"model: expected a model without adapters, got PEFT's {type(wrapped[0]).__name__}; "
-            "quantize the base model first, then add adapters with nf4.add_lora"
-        )
+    check_no_peft(model)
+    check_callback(progress, "progress")
     layers = dense_layers(model, skip_modules, quantize_embeddings)
     if not layers:
         raise ValueError(
@@ -151,6 +147,8 @@ def merge(
         ValueError: the model has no quantized layer, or none with an adapter to requantize.
     """
     check_model(model)
+    check_no_peft(model)
+    check_callback(report, "report")
     if not isinstance(requantize, bool):
         raise TypeError(f"requantize: expected a bool, got {type(requantize).__name__}")
     layers = quantized_layers(model)
@@ -194,9 +192,11 @@ def _check_replaceable(layers: dict[str, Any]) -> None:
         check_forward(name, layer)
         parts = layer.modules() if isinstance(layer, ExpertsNF4) else [layer]
         for part in (p for p in parts if isinstance(p, QLoRALinear)):
-            tensors = [t for a in part.named_adapters().values() for t in a.parameters_of_adapter()]
-            if not all(t.is_meta or t.isfinite().all() for t in tensors):
-                raise ValueError(f"{name}: expected an adapter of finite values, got NaN or inf")
+            if not part.packed.is_meta and not part.merged_weight().isfinite().all():
+                raise ValueError(
+                    f"{name}: expected base plus adapter that {part.dtype} can hold, got NaN or an "
+                    "infinity"
+                )
 
 
 def _forget_quantization(model: Any) -> None:
@@ -386,6 +386,23 @@ def check_layer(name: str, layer: nn.Module) -> None:
         check_weight(weight, f"{name}.{part}")
         if not weight.is_meta and not all(m.isfinite() for m in torch.aminmax(weight)):
             raise ValueError(f"{name}.{part}: expected finite values, got NaN or an infinity")
+
+
+def check_no_peft(model: nn.Module) -> None:
+    """Raise ValueError if a model has PEFT's adapters, which are PEFT's to save and merge."""
+    kinds = ("peft.", "nf4.integrations._peft")
+    wrapped = [m for m in model.modules() if type(m).__module__.startswith(kinds)]
+    if wrapped:
+        raise ValueError(
+            f"model: expected a model without PEFT's adapters, got {type(wrapped[0]).__name__}; "
+            "quantize before PEFT adds them, and save and merge them by PEFT's own methods"
+        )
+
+
+def check_callback(function: Callable[..., None] | None, name: str) -> None:
+    """Raise TypeError unless function is None or can be called."""
+    if function is not None and not callable(function):
+        raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
 
 
 def check_names(names: Iterable[str], name: str) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def _expected(
         found[power] = float(np.sum(weight * error))
     if double_quant:
         for power, change in _changes_by_double_quant(f, block_size, book, ends).items():
-            found[power] += change
+            found[power] += float(change)
     max_abs = _expected_max(f, block_size, book, float(of_max.max()), numel)
     rmse = math.sqrt(found[2])
     return ExpectedError(found[2], rmse, found[1], max_abs, rmse, -20 * math.log10(rmse))

@@ -502,13 +502,33 @@ def test_merge_of_what_adds_nothing_has_no_drift_to_report(base) -> None:
     assert all(row.relative == 0 and row.of_update != row.of_update for row in rows)
 
 
+@pytest.mark.parametrize("value", [torch.nan, 1e30])
 @pytest.mark.parametrize("requantize", [False, True])
-def test_merge_of_what_is_not_finite_changes_nothing(requantize, base) -> None:
+def test_merge_of_what_is_not_finite_changes_nothing(requantize, value, base, tmp_path) -> None:
     model = with_lora(base, adapter_name="x")
-    adapted(model)[-1].lora_B.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="down_proj: expected an adapter of finite values"):
+    adapted(model)[-1].lora_B.data.fill_(value)
+    adapted(model)[-1].lora_A.data.fill_(value)
+    with pytest.raises(ValueError, match="down_proj: expected base plus adapter that torch"):
         nf4.merge(model, requantize=requantize)
     assert len(adapted(model)) == 14
+    if value != value:
+        with pytest.raises(ValueError, match="down_proj: expected an adapter of finite val"):
+            nf4.save_adapter(model, tmp_path / "nan")
+
+
+def test_models_of_peft_are_left_to_peft(base, tmp_path) -> None:
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules="all-linear"))
+    once = logits(model.eval())
+    for call in (
+        lambda: nf4.merge(model),
+        lambda: nf4.add_lora(model),
+        lambda: nf4.save_adapter(model, tmp_path / "x"),
+        lambda: nf4.load_adapter(model, tmp_path),
+        lambda: nf4.quantize_model(model),
+    ):
+        with pytest.raises(ValueError, match="expected a model without PEFT's adapters, got PeftM"):
+            call()
+    assert torch.equal(logits(model), once)
 
 
 def test_layers_tied_to_each_other_stay_tied() -> None:

@@ -77,3 +77,5 @@ def test_codebooks_rank_as_theory_has_it() -> None:
 def test_unknown_codebook_is_refused() -> None:
     with pytest.raises(ValueError, match="codebook: expected one of nf4, fp4, .* got 'q4_k'"):
         codebook("q4_k")
+    with pytest.raises(ValueError, match="block_size: expected a power of two from 32 to 4096"):
+        codebook("af4", 63)

@@ -157,7 +157,7 @@ def test_quantize_model_refuses_a_model_with_peft_s_adapters(tiny_llama) -> None
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="expected a model without adapters, got PEFT's"):
+    with pytest.raises(ValueError, match="expected a model without PEFT's adapters, got PeftModel"):
         nf4.quantize_model(model)
 
 

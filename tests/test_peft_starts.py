@@ -169,7 +169,7 @@ def test_merge_into_four_bits_reports_the_drift(use_dora, bases) -> None:
     w = nf4.dequantize(merged.model.layers[1].mlp.up_proj.weight)
     assert row.relative == pytest.approx(error(w, exact[row.name]), rel=1e-3)
     assert 0.05 < row.relative < 0.15
-    with pytest.raises(ValueError, match="expected adapters on LinearNF4 layers, found none"):
+    with pytest.raises(ValueError, match="expected LoRA adapters on LinearNF4 layers, found none"):
         merge_and_requantize(with_lora(bases[1]))
 
 
@@ -177,6 +177,18 @@ def test_merge_into_four_bits_loses_no_adapter_of_a_dense_layer(bases) -> None:
     model = with_lora(bases[0], target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="lm_head: expected adapters on LinearNF4 layers alone"):
         merge_and_requantize(model)
+
+
+def test_merge_into_four_bits_of_what_is_not_finite_changes_nothing(bases) -> None:
+    model = with_lora(bases[0], init_lora_weights=False)
+    once = logits(model)
+    layer = [m for m in model.modules() if isinstance(m, NF4LoraLinear)][-1]
+    value = layer.lora_A["default"].weight.data[0, 0].clone()
+    layer.lora_A["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="down_proj: expected base plus adapter of finite values"):
+        merge_and_requantize(model)
+    layer.lora_A["default"].weight.data[0, 0] = value
+    assert torch.equal(logits(model), once)
 
 
 def test_all_linear_leaves_out_the_output_layer_in_4_bits_too(tiny_llama) -> None:

@@ -244,6 +244,11 @@ BAD_CONFIGS = {
     "double_quant": ({"double_quant": 1}, TypeError, "double_quant: expected a bool, got int"),
     "skip": ({"skip_modules": [3]}, TypeError, "skip_modules: expected names, got 3"),
     "pattern": ({"skip_modules": "("}, ValueError, "skip_modules: expected a regular expression"),
+    "of_others": (
+        {"bnb_4bit_quant_type": "fp4"},
+        ValueError,
+        "expected options of nf4, got",
+    ),
     "stored_as": ({"stored_as": "gguf"}, ValueError, "stored_as: expected 'nf4' or 'bitsandbytes'"),
 }
 
@@ -307,6 +312,10 @@ BAD_FILES = {
     "other_shape_in_a_layer_that_was_skipped": (
         lambda tensors: tensors.update({"lm_head.packed": torch.zeros(4, 4, dtype=torch.uint8)}),
         r"model.safetensors: lm_head.packed: expected U8 \(320, 32\) .*, got U8 \(4, 4\)",
+    ),
+    "not_finite": (
+        lambda tensors: tensors[f"{UP}.absmax2"].fill_(torch.inf),
+        rf"model.safetensors: {UP}.absmax2: expected finite values, got NaN or an infinity",
     ),
     "unknown_kind": (
         lambda tensors: tensors.update({"model.norm.packed": torch.zeros(4, dtype=torch.uint8)}),

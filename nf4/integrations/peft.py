@@ -98,16 +98,21 @@ def merge_and_requantize(
     """
     layers = _layers_of(model)
     if not layers:
-        raise ValueError("model: expected adapters on LinearNF4 layers, found none")
+        raise ValueError("model: expected LoRA adapters on LinearNF4 layers, found none")
     for name, module in model.named_modules():
         if isinstance(module, peft_utils.BaseTunerLayer) and name not in layers:
             raise ValueError(
                 f"{name}: expected adapters on LinearNF4 layers alone, got one on a "
                 f"{type(module.get_base_layer()).__name__}"
             )
+    merged = {}
     for name, layer in layers.items():
-        base = layer.base
-        base._set_weight(requantized(name, layer.exact_merged_weight(), base.weight, report))
+        exact = layer.exact_merged_weight()
+        if not exact.isfinite().all():
+            raise ValueError(f"{name}: expected base plus adapter of finite values, got others")
+        merged[name] = requantized(name, exact, layer.base.weight, report)
+    for name, layer in layers.items():
+        layer.base._set_weight(merged[name])
     unloaded: nn.Module = model.unload()
     return unloaded
 

@@ -47,9 +47,10 @@ from nf4.integrations._stored import (
 )
 from nf4.linear import LinearNF4, is_conv1d
 from nf4.quantized_module import QuantizedModule
-from nf4.tensor import NF4Tensor
+from nf4.tensor import PARTS, NF4Tensor
 
 METHOD = "nf4"
+_OPTIONS_OF_OTHERS = ("bnb_", "load_in_", "llm_int8_")
 # transformers asks this of a weight before it draws one; some models name a layer's from outside
 NF4Tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 # Of a weight that bitsandbytes wrote; the longer names first, for they are tried in order
@@ -110,6 +111,12 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         if skip_modules is not None:
             found = check_skip_modules(skip_modules)
             skip_modules = found if isinstance(found, str) else list(found)
+        other = [name for name in ignored if name.startswith(_OPTIONS_OF_OTHERS)]
+        if other:
+            raise ValueError(
+                f"{other[0]}: expected options of nf4, got one of bitsandbytes; see "
+                "NF4Config.from_bitsandbytes"
+            )
         self.quant_method = METHOD
         self.block_size = check_block_size(block_size)
         self.double_quant = double_quant
@@ -422,8 +429,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         if self.errors:
             raise ValueError("; ".join(self.errors))
         layers = quantized_layers(model).values()
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, QuantizedModule):
+                self._check_scales(name, module)
                 for parameter in module.weight.tensors():
                     parameter.requires_grad_(False)
                 module._choose_layout()
@@ -435,6 +443,15 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         if self._reads_bitsandbytes:
             self._describe(layers)
         return model
+
+    def _check_scales(self, name: str, module: QuantizedModule) -> None:
+        """Raise ValueError if a scale that was read is not finite; codes cannot be wrong."""
+        for part, tensor in zip(PARTS, module.weight.parts(), strict=True):
+            if tensor is None or not tensor.is_floating_point() or tensor.isfinite().all():
+                continue
+            key = f"{name}.{part}"
+            where = f"{self.stored[key].file}: " if key in self.stored else ""
+            raise ValueError(f"{where}{key}: expected finite values, got NaN or an infinity")
 
     @staticmethod
     def _is_ours(conversion: Any) -> bool:
