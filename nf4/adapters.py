@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from nf4.linear import (
     QLoRALinear,
     check_adapter_name,
     check_lora_options,
+    lora_scaling,
 )
 
 
@@ -115,10 +117,10 @@ def add_lora(
     }
 
     def convert(layer: LinearNF4) -> QLoRALinear:
-        scaling = lora_alpha / (r**0.5 if use_rslora else r)
         start = None
         if kind:
             dense = None if source is None else source(names[id(layer)])
+            scaling = lora_scaling(r, lora_alpha, use_rslora)
             start = initialize(str(kind), layer.weight, dense, r, scaling)
         if isinstance(layer, QLoRALinear):
             layer.add_adapter(adapter_name, LoRA.of(layer.weight, **options))
@@ -206,14 +208,8 @@ def base_change_of(model: nn.Module, adapter_name: str) -> BaseChange | None:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """Compute the base alone within a ``with`` block; backward belongs in it too."""
     check_model(model)
-    before = [(layer, layer.adapters_disabled) for layer in _adapted(model)]
-    try:
-        for layer, _ in before:
-            layer.adapters_disabled = True
+    with _on_layers(model, "adapters_disabled", True):
         yield
-    finally:
-        for layer, disabled in before:
-            layer.adapters_disabled = disabled
 
 
 @contextmanager
@@ -243,14 +239,21 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterat
             raise ValueError(
                 f"{name}: expected layers that see whole samples, got experts, which see tokens"
             )
-    before = [(layer, layer.samples) for layer in _adapted(model)]
+    with _on_layers(model, "samples", names):
+        yield
+
+
+@contextmanager
+def _on_layers(model: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of all layers with adapters within a ``with`` block."""
+    before = [(layer, getattr(layer, name)) for layer in _adapted(model)]
     try:
         for layer, _ in before:
-            layer.samples = names
+            setattr(layer, name, value)
         yield
     finally:
-        for layer, samples in before:
-            layer.samples = samples
+        for layer, old in before:
+            setattr(layer, name, old)
 
 
 def freeze_base(model: nn.Module) -> None:

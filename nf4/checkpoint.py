@@ -37,6 +37,7 @@ from nf4.linear import (
     QLoRALinear,
     check_adapter_name,
     check_lora_options,
+    lora_scaling,
 )
 
 CONFIG_NAME = "adapter_config.json"
@@ -97,11 +98,6 @@ class _Adapter:
     lora_B: Tensor
     lora_magnitude: Tensor | None
     options: dict[str, Any]  # of `LoRA`
-
-    def scaling(self) -> float:
-        """Return the factor of the adapter's output."""
-        r = self.options["r"]
-        return float(self.options["lora_alpha"] / (r**0.5 if self.options["use_rslora"] else r))
 
     def fits(self, layer: LinearNF4, name: str) -> bool:
         """Return whether the layer's only adapter has this name, rank and kind."""
@@ -267,12 +263,9 @@ def load_adapter(
         module, change = names.get(id(layer)), changes[id(layer)]
         if module is not None:
             dense = None if source is None else source(module)
-            r = adapter.options["r"]
-            start = initialize("pissa", layer.weight, dense, r, adapter.scaling())
+            r, alpha, rslora = (adapter.options[o] for o in ("r", "lora_alpha", "use_rslora"))
+            start = initialize("pissa", layer.weight, dense, r, lora_scaling(r, alpha, rslora))
             layer = LinearNF4.from_weight(start.q, layer.bias).take_after(layer)
-        change = (
-            changes[id(layer)] if module is None else BaseChange("pissa", r, from_original, name)
-        )
         adapted = adapter.put_on(layer, name, beside)
         adapted.base_change = change or adapted.base_change
         return adapted

@@ -333,7 +333,7 @@ class LoRA(nn.Module):
     @property
     def scaling(self) -> float:
         """Factor of the adapter's output."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
 
     def parameters_of_adapter(self) -> list[nn.Parameter]:
         """Return what is trained of the adapter."""
@@ -476,6 +476,11 @@ class QLoRALinear(LinearNF4, LoRA):
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
         return f"{LinearNF4.extra_repr(self)}, {LoRA.extra_repr(self)}"
+
+
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """Return the factor of an adapter's output."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def check_adapter_name(name: str) -> None:
