@@ -11,10 +11,10 @@ from peft.tuners.ia3.layer import IA3Layer
 from torch import Tensor, nn
 
 from nf4.functional import dequantize
-from nf4.linear import LinearNF4
+from nf4.integrations._peft_merged import MergedBesideBase
 
 
-class NF4IA3Linear(nn.Module, IA3Layer):  # type: ignore[misc]
+class NF4IA3Linear(MergedBesideBase, nn.Module, IA3Layer):  # type: ignore[misc]
     """PEFT's (IA)³ on a `LinearNF4`: a learned factor for each of its outputs, or inputs.
 
     Args:
@@ -28,10 +28,8 @@ class NF4IA3Linear(nn.Module, IA3Layer):  # type: ignore[misc]
     _check_forward_args: Any
     active_adapters: list[str]
     disable_adapters: bool
-    get_base_layer: Any
     ia3_l: Any
     merged: bool
-    merged_adapters: list[str]
     update_layer: Any
 
     def __init__(
@@ -52,14 +50,7 @@ class NF4IA3Linear(nn.Module, IA3Layer):  # type: ignore[misc]
         self.base_layer = base_layer
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
-        self._merged: Tensor | None = None  # dense, while adapters are merged
         self.update_layer(adapter_name, config=config)
-
-    @property
-    def base(self) -> LinearNF4:
-        """The quantized layer."""
-        layer: LinearNF4 = self.get_base_layer()
-        return layer
 
     def _factor(self, names: Iterable[str]) -> Tensor | None:
         """Return the product of adapters' factors, ``[in_features]`` or ``[out_features]``."""
@@ -75,9 +66,7 @@ class NF4IA3Linear(nn.Module, IA3Layer):  # type: ignore[misc]
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self._merged is not None:
-            bias = self._merged_bias()
-            bias = None if bias is None else bias.to(x.dtype)
-            return nn.functional.linear(x, self._merged.to(x.dtype), bias)
+            return self._multiply(x, self._merged, self._merged_bias())
         factor = None if self.disable_adapters else self._factor(self.active_adapters)
         if factor is None:
             y = self.base(x)
@@ -108,16 +97,7 @@ class NF4IA3Linear(nn.Module, IA3Layer):  # type: ignore[misc]
         assert factor is not None
         w = dequantize(self.base.weight, torch.float32)
         w = w * (factor.detach() if self.is_feedforward else factor.detach()[:, None])
-        merged = w.to(self.base.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"adapter {', '.join(names)}: expected finite weights after merging")
-        self._merged = merged
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Drop the dense weight: the quantized one was never changed."""
-        self._merged = None
-        self.merged_adapters.clear()
+        self._hold_merged(w, names, safe_merge)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

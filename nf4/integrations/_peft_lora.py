@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nf4.convert import MergeError, merge_error
 from nf4.functional import dequantize
 from nf4.initialize import initialize
-from nf4.linear import LinearNF4
+from nf4.integrations._peft_merged import MergedBesideBase
 from nf4.lora import LowRank, adapted_linear, fold, mixed_linear, weight_norm
 
 # Options of LoraConfig that ask for another computation than LoRA's or DoRA's
@@ -36,7 +36,7 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class NF4LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
+class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[misc]
     """PEFT's adapters on a `LinearNF4`: as many as are added, any of them active.
 
     One adapter is computed with its base in one call of `nf4.lora_linear`; others are added to it.
@@ -58,7 +58,6 @@ class NF4LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
     active_adapters: list[str]
     adapter_layer_names: tuple[str, ...]
     disable_adapters: bool
-    get_base_layer: Any
     merged: bool
     set_adapter: Any
     lora_A: Any
@@ -69,7 +68,6 @@ class NF4LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
     use_dora: dict[str, bool]
     r: dict[str, int]
     scaling: dict[str, float]
-    merged_adapters: list[str]
 
     def __init__(
         self,
@@ -84,7 +82,6 @@ class NF4LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
         LoraLayer.__init__(self, base_layer, **options)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
-        self._merged: Tensor | None = None  # dense, while adapters are merged
         self.merge_error: MergeError | None = None  # of the last merge
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
 
@@ -141,12 +138,6 @@ class NF4LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
         layer: Any = module
         return layer.in_features, layer.out_features
 
-    @property
-    def base(self) -> LinearNF4:
-        """The quantized layer."""
-        layer: LinearNF4 = self.get_base_layer()
-        return layer
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base plus the active adapters, ``[..., out_features]`` in the dtype of x."""
         self._check_forward_args(x, *args, **kwargs)
@@ -163,8 +154,7 @@ class NF4LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
             mixed = [found.get(name) for name in adapter_names]
             return mixed_linear(x, self.base.weight, bias, mixed)
         if self._merged is not None:
-            dense_bias = None if bias is None else bias.to(x.dtype)
-            return nn.functional.linear(x, self._merged.to(x.dtype), dense_bias)
+            return self._multiply(x, self._merged, bias)
         active = [self._adapter(name) for name in self.active_adapters if name in self.lora_A]
         return adapted_linear(x, self.base.weight, bias, active)
 
@@ -207,17 +197,8 @@ class NF4LoraLinear(nn.Module, LoraLayer):  # type: ignore[misc]
         q = self.base.weight
         adapters = [self._adapter(name) for name in (*self.merged_adapters, *names)]
         exact = fold(dequantize(q, torch.float32), q, adapters)
-        merged = exact.to(self.base.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"adapter {', '.join(names)}: expected finite weights after merging")
-        self._merged = merged
+        merged = self._hold_merged(exact, names, safe_merge)
         self.merge_error = merge_error("", q, exact, merged)
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Drop the dense weight: the quantized one was never changed."""
-        self._merged = None
-        self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

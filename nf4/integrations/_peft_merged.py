@@ -1,0 +1,41 @@
+"""What PEFT's layers on a `LinearNF4` share: the dense weight they hold while merged."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from nf4.linear import LinearNF4
+
+
+class MergedBesideBase:
+    """A dense weight beside the quantized one, which is never changed, from merge to unmerge."""
+
+    get_base_layer: Any
+    merged_adapters: list[str]
+    _merged: Tensor | None = None  # dense, while adapters are merged
+
+    @property
+    def base(self) -> LinearNF4:
+        """The quantized layer."""
+        layer: LinearNF4 = self.get_base_layer()
+        return layer
+
+    def _hold_merged(self, exact: Tensor, names: list[str], safe_merge: bool) -> Tensor:
+        """Hold a float32 weight, rounded to the layer's dtype, in which adapters are; return it."""
+        merged = exact.to(self.base.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"adapter {', '.join(names)}: expected finite weights after merging")
+        self._merged = merged
+        self.merged_adapters.extend(names)
+        return merged
+
+    @staticmethod
+    def _multiply(x: Tensor, merged: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, merged.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def unmerge(self) -> None:
+        """Drop the dense weight: the quantized one was never changed."""
+        self._merged = None
+        self.merged_adapters.clear()
