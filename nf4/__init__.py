@@ -9,7 +9,7 @@ from typing import Any
 from nf4.adapters import add_lora, disable_adapter, mixed_batch, set_adapter
 from nf4.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
 from nf4.checkpoint import load_adapter, save_adapter
-from nf4.convert import merge, quantize_model
+from nf4.convert import quantize_model
 from nf4.dispatch import explain
 from nf4.embedding import EmbeddingNF4
 from nf4.error import model_error, quantization_error
@@ -23,6 +23,7 @@ from nf4.functional import (
     to_rows,
 )
 from nf4.linear import LinearNF4, QLoRALinear
+from nf4.merging import merge
 from nf4.scratch import release_scratch
 from nf4.tensor import NF4Tensor
 

@@ -16,11 +16,12 @@ from torch import nn
 
 from nf4.adapters import add_lora
 from nf4.checkpoint import load_adapter, save_adapter
-from nf4.convert import merge, quantize_model, quantized_layers
+from nf4.convert import quantize_model, quantized_layers
 from nf4.demo import data, plots
 from nf4.demo.train import batches, race, train
 from nf4.error import LayerError, model_error, perplexity
 from nf4.files import check_new, new_folder
+from nf4.merging import merge
 
 R, LORA_ALPHA, LEARNING_RATE = 8, 16, 2e-3
 RACE_ROUNDS = 5

@@ -9,11 +9,11 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from nf4.convert import MergeError, merge_error
 from nf4.functional import dequantize
 from nf4.initialize import initialize
 from nf4.integrations._peft_merged import MergedBesideBase
 from nf4.lora import LowRank, adapted_linear, fold, mixed_linear, weight_norm
+from nf4.merging import MergeError, merge_error
 
 # Options of LoraConfig that ask for another computation than LoRA's or DoRA's
 _OTHER_METHODS = (

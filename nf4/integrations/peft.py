@@ -23,11 +23,11 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from nf4.convert import MergeError, requantized
 from nf4.initialize import check_rank, dense_source
 from nf4.integrations._peft_ia3 import NF4IA3Linear
 from nf4.integrations._peft_lora import NF4LoraLinear
 from nf4.linear import LinearNF4, QLoRALinear
+from nf4.merging import MergeError, requantized
 from nf4.quantized_module import QuantizedModule
 
 __all__ = [

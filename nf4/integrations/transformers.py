@@ -28,7 +28,6 @@ from nf4.convert import (
     check_skip_modules,
     dense_layers,
     dense_weights,
-    merge,
     quantized_layer,
     quantized_layers,
     replace_layers,
@@ -46,6 +45,7 @@ from nf4.integrations._stored import (
     stored_tensors,
 )
 from nf4.linear import LinearNF4, is_conv1d
+from nf4.merging import merge
 from nf4.quantized_module import QuantizedModule
 from nf4.tensor import PARTS, NF4Tensor
 
