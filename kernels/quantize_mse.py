@@ -14,6 +14,7 @@ from torch import Tensor
 from ..codebook import SMALLEST_ABSMAX, nf4_thresholds
 from ..scale_search import (
     CANDIDATES,
+    IMPORTANCE_UNIT,
     LEVEL_STEPS,
     LEVEL_UNIT,
     LEVELS,
@@ -32,6 +33,7 @@ THRESHOLDS = tl.constexpr(nf4_thresholds())
 STEPS = tl.constexpr(LEVEL_STEPS)
 LOWEST = tl.constexpr(LEVELS[0])
 INTO_V = tl.constexpr(1 / X_UNIT)
+INTO_U = tl.constexpr(1 / IMPORTANCE_UNIT)
 INTO_RATIO = tl.constexpr(X_UNIT / LEVEL_UNIT)
 ROUNDS = tl.constexpr(1.5 * 2.0**23)  # added and taken off again, leaves the nearest integer
 
@@ -44,11 +46,14 @@ def _quantize_mse_kernel(
     thresholds_ptr,  # float32 [32]
     bases_ptr,  # int32 [32]
     candidates_ptr,  # float64 [CANDIDATES]
+    weights_ptr,  # float32 [columns], not read unless WEIGHTED
     n,
+    columns,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,  # blocks a program
     CANDIDATES: tl.constexpr,
     SIGNED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     REFINEMENTS: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
@@ -63,6 +68,13 @@ def _quantize_mse_kernel(
     inverse = reciprocal(tl.where(usable, absmax, 1.0), SHUFFLE)
     scaled = tl.where(usable[:, None], x * inverse[:, None], 0.0)
     v = (scaled * INTO_V + ROUNDS - ROUNDS).to(tl.int32)
+    if WEIGHTED:
+        column = (((first * BLOCK_SIZE) % columns).to(tl.int32) + offs) % columns
+        h = tl.load(weights_ptr + column, mask=offs < left, other=0.0)
+        most = tl.reduce(h, 1, _larger)
+        inverse = reciprocal(tl.where(most < SMALLEST, 1.0, most), SHUFFLE)
+        h = tl.where(most[:, None] < SMALLEST, 0.0, h * inverse[:, None])
+        u = tl.maximum((h * INTO_U + ROUNDS - ROUNDS).to(tl.int32), 1).to(tl.int64)
     best = tl.zeros([ROWS], tl.float64)
     ratio = best + 1.0
     signs: tl.constexpr = 2 if SIGNED else 1
@@ -78,7 +90,10 @@ def _quantize_mse_kernel(
         for k in tl.static_range(15):
             threshold = tl.floor(size * THRESHOLDS[k]).to(tl.int32)
             level += tl.where(turned > threshold[:, None], STEPS[k], 0)
-        if BLOCK_SIZE <= 128:  # sums below 2^31
+        if WEIGHTED:
+            a = tl.sum((turned * level).to(tl.int64) * u, axis=1).to(tl.float64)
+            b = tl.sum((level * level).to(tl.int64) * u, axis=1).to(tl.float64)
+        elif BLOCK_SIZE <= 128:  # sums below 2^31
             a = tl.sum(turned * level, axis=1).to(tl.float64)
             b = tl.sum(level * level, axis=1).to(tl.float64)
         else:
@@ -104,7 +119,11 @@ def _quantize_mse_kernel(
 
 
 def quantize_mse(
-    w: Tensor, block_size: int, signed: bool, out: tuple[Tensor, Tensor] | None = None
+    w: Tensor,
+    block_size: int,
+    signed: bool,
+    weights: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize w; arguments and results as in nf4/reference/quantize_mse.py."""
     x = w.contiguous()
@@ -116,18 +135,22 @@ def quantize_mse(
         packed, absmax = out
     if n:
         rows = max(TILE // block_size, 1)
+        thresholds = bucket_thresholds(x.device)
         _quantize_mse_kernel[(-(-n // (rows * block_size)),)](
             x,
             packed,
             absmax,
-            bucket_thresholds(x.device),
+            thresholds,
             bucket_bases(x.device),
             candidates(x.device),
+            thresholds if weights is None else weights.contiguous(),
             n,
+            1 if weights is None else x.shape[-1],
             BLOCK_SIZE=block_size,
             ROWS=rows,
             CANDIDATES=len(CANDIDATES),
             SIGNED=signed,
+            WEIGHTED=weights is not None,
             REFINEMENTS=REFINEMENTS,
             SHUFFLE=_lanes.has_shuffle(x),
             num_warps=4,
@@ -144,14 +167,16 @@ def variants() -> list[Variant]:
         "thresholds_ptr": "*fp32",
         "bases_ptr": "*i32",
         "candidates_ptr": "*fp64",
+        "weights_ptr": "*fp32",
         "n": "i32",
+        "columns": "i32",
     }
     made = []
-    for block_size in (64, 4096):
+    for block_size, weighted in ((64, False), (4096, False), (64, True)):
         rows = max(TILE // block_size, 1)
         made.append(
             Variant(
-                f"quantize_mse, block {block_size}, bf16",
+                f"quantize_mse, block {block_size}, bf16" + ", weighted" * weighted,
                 _quantize_mse_kernel,
                 {"x_ptr": "*bf16", **signature},
                 {
@@ -159,6 +184,7 @@ def variants() -> list[Variant]:
                     "ROWS": rows,
                     "CANDIDATES": len(CANDIDATES),
                     "SIGNED": True,
+                    "WEIGHTED": weighted,
                     "REFINEMENTS": REFINEMENTS,
                 },
                 rows * block_size,

@@ -6,6 +6,7 @@ what four bits cost. Importing this package needs neither a GPU nor Triton.
 
 from typing import Any
 
+from nf4.activations import collect_activation_stats
 from nf4.adapters import add_lora, disable_adapter, mixed_batch, set_adapter
 from nf4.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
 from nf4.checkpoint import load_adapter, save_adapter
@@ -34,6 +35,7 @@ __all__ = [
     "NF4Tensor",
     "QLoRALinear",
     "add_lora",
+    "collect_activation_stats",
     "dequantize",
     "disable_adapter",
     "embedding",

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from nf4.embedding import EmbeddingNF4, is_embedding
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
-from nf4.functional import check_block_size, check_scale, check_weight, quantize
+from nf4.functional import (
+    check_block_size,
+    check_scale,
+    check_weight,
+    check_weights,
+    quantize,
+)
 from nf4.linear import (
     LinearNF4,
     dense_weight,
@@ -34,6 +40,7 @@ def quantize_model(
     progress: Callable[[int, int], None] | None = None,
     quantize_embeddings: bool = False,
     scale: str = "absmax",
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Model:
     """Replace every linear layer of a model by a `LinearNF4`, in place.
 
@@ -55,6 +62,8 @@ def quantize_model(
             ``get_input_embeddings`` returns, or every ``torch.nn.Embedding`` of a model that has
             no such method.
         scale: how scales are found, see `nf4.quantize`.
+        weights: for names of layers, what the columns of their weight count in the search for
+            scales, as `nf4.collect_activation_stats` returns; layers without count all alike.
 
     Returns:
         The model; a new `LinearNF4` if the model itself is a linear layer.
@@ -80,16 +89,20 @@ def quantize_model(
         check_layer(name, layer)
     groups = tied_layers(layers)
     of_group: dict[int | None, NF4Tensor] = {}
+    counts = _column_weights(layers, groups, weights, scale)
 
-    def quantized(weight: Tensor) -> NF4Tensor:
-        return quantize(weight, block_size, double_quant, scale=scale, check=True)
+    def quantized(weight: Tensor, columns: Tensor | None = None) -> NF4Tensor:
+        return quantize(weight, block_size, double_quant, scale=scale, weights=columns, check=True)
 
     def convert(layer: nn.Module) -> nn.Module:
         if is_experts(layer):
             return ExpertsNF4(layer, lambda weight: LinearNF4.from_weight(quantized(weight)))
         ((_, weight),) = dense_weights(layer)
         group = groups.get(id(layer))
-        new = quantized_layer(layer, of_group[group] if group in of_group else quantized(weight))
+        if group in of_group:
+            return quantized_layer(layer, of_group[group])
+        columns = counts.get(id(layer) if group is None else group)
+        new = quantized_layer(layer, quantized(weight, columns))
         if group is not None:
             of_group[group] = new.weight
         return new
@@ -99,6 +112,35 @@ def quantize_model(
     model = replace_layers(model, layers, convert, progress)
     tie_parts(model, {name: first[group] for name, group in names.items() if first[group] != name})
     return model
+
+
+def _column_weights(
+    layers: dict[str, nn.Module],
+    groups: dict[int, int],
+    weights: Mapping[str, Tensor] | None,
+    scale: str,
+) -> dict[int, Tensor]:
+    """Return what columns count, by the id of the layer, or of the weight that several share.
+
+    Raises:
+        TypeError: weights is no mapping, or one of it no floating tensor.
+        ValueError: a name is no layer to quantize, or a tensor does not fit it; the message names
+            the layer.
+    """
+    if weights is not None and not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected tensors by name of layer, got {type(weights).__name__}")
+    found = {}
+    for name, columns in (weights or {}).items():
+        layer = layers.get(name)
+        if layer is None or is_experts(layer):
+            raise ValueError(f"weights: expected names of linear layers to quantize, got {name!r}")
+        ((_, weight),) = dense_weights(layer)
+        try:
+            columns = check_weights(columns, weight, scale)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        found[groups.get(id(layer), id(layer))] = columns
+    return found
 
 
 def tie_parts(model: Any, tied: dict[str, str]) -> None:

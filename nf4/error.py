@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from nf4.activations import evaluating
 from nf4.convert import check_layer, check_model, dense_layers, dense_weights
 from nf4.functional import check_weight, dequantize, quantize
 from nf4.tensor import NF4Tensor, check_nf4
@@ -187,16 +188,11 @@ def perplexity(
         raise ValueError(
             f"windows: expected shape (windows, T) with T ≥ 2, got {tuple(windows.shape)}"
         )
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     total = 0.0
-    try:
+    with evaluating(model):
         for done, window in enumerate(windows, start=1):
             logits = model(window[None]).logits[0, :-1].float()
             total += nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
             if progress is not None:
                 progress(done, len(windows))
-    finally:
-        for module in training:
-            module.training = True
     return math.exp(total / (windows.numel() - len(windows)))

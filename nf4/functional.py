@@ -26,6 +26,7 @@ def quantize(
     double_quant: bool = True,
     *,
     scale: str = "absmax",
+    weights: Tensor | None = None,
     check: bool | None = None,
     out: NF4Tensor | None = None,
 ) -> NF4Tensor:
@@ -40,6 +41,10 @@ def quantize(
         scale: how the scale of a block is found. "absmax" takes its largest magnitude, "mse" the
             one of either sign that costs least squared error, "mse-positive" the best positive
             one. The format is the same, and what reads one reads all.
+        weights: floating ``[w.shape[-1]]``, finite, none below 0, on the device of w: what the
+            squared error of an element in each column counts in that search, as the second moment
+            of a layer's input, which `nf4.collect_activation_stats` gathers; all the same by
+            default. Only for "mse" and "mse-positive".
         check: whether to look for NaN and infinities. By default only where the answer costs no
             waiting, on a CPU: a GPU would have to be waited for. Unchecked, a block that holds one
             gets a scale that is not finite either, and never dequantizes to finite values.
@@ -49,9 +54,11 @@ def quantize(
         NF4Tensor on the device of w.
 
     Raises:
-        TypeError: w is no dense tensor of a supported dtype, or block_size no integer.
-        ValueError: block_size or scale is not supported, out does not fit, or w was checked and
-            holds NaN or an infinity; the message names the first such index, and out is as it was.
+        TypeError: w is no dense tensor of a supported dtype, block_size no integer, or weights no
+            floating tensor.
+        ValueError: block_size or scale is not supported, weights or out do not fit, or w was
+            checked and holds NaN or an infinity; the message names the first such index, and out
+            is as it was.
 
     Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
     """
@@ -61,6 +68,8 @@ def quantize(
         if not isinstance(value, bool) and not (name == "check" and value is None):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     check_scale(scale)
+    if weights is not None:
+        weights = check_weights(weights, w, scale)
     if check is None:
         check = w.device.type == "cpu"
     w = w.detach()
@@ -68,14 +77,14 @@ def quantize(
         _check_quantize_out(out, w, block_size, double_quant)
         if scale == "absmax":
             return _quantize_into(out, w, check)
-        found = quantize(w, block_size, double_quant, scale=scale, check=check)
+        found = quantize(w, block_size, double_quant, scale=scale, weights=weights, check=check)
         for old, new in zip(out.tensors(), found.tensors(), strict=True):
             old.detach().copy_(new)
         return out
     if scale == "absmax":
         packed, absmax = call("quantize", w, block_size, check)
     else:
-        packed, absmax = call("quantize_mse", w, block_size, scale == "mse", check)
+        packed, absmax = call("quantize_mse", w, block_size, scale == "mse", weights, check)
     packed = packed.view(packed_shape(w.shape))
     if not double_quant:
         return NF4Tensor(packed, absmax, w.shape, w.dtype, block_size)
@@ -338,6 +347,26 @@ def check_scale(scale: str) -> str:
     if scale not in SCALES:
         raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {scale!r}")
     return scale
+
+
+def check_weights(weights: Tensor, w: Tensor, scale: str) -> Tensor:
+    """Return what the columns of w count in the search for scales as float32, or raise."""
+    if scale == "absmax":
+        raise ValueError("weights: expected scale='mse' or 'mse-positive', got scale='absmax'")
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        kind = getattr(weights, "dtype", type(weights).__name__)
+        raise TypeError(f"weights: expected a floating tensor, got {kind}")
+    if w.ndim == 0 or weights.shape != w.shape[-1:]:
+        raise ValueError(
+            f"weights: expected shape {tuple(w.shape[-1:])}, one for each column of w, "
+            f"got {tuple(weights.shape)}"
+        )
+    if weights.device != w.device:
+        raise ValueError(f"weights: expected device {w.device} like w, got {weights.device}")
+    weights = weights.detach().float()
+    if not weights.is_meta and not ((weights >= 0) & weights.isfinite()).all():
+        raise ValueError("weights: expected finite values of at least 0, got others")
+    return weights
 
 
 def check_dropout(p: float, name: str) -> None:

@@ -117,6 +117,7 @@ class LinearNF4(QuantizedModule):
         block_size: int = 64,
         double_quant: bool = True,
         scale: str = "absmax",
+        weights: Tensor | None = None,
         **options: Any,
     ) -> Self:
         """Quantize a ``torch.nn.Linear`` or transformers' ``Conv1D``.
@@ -126,15 +127,16 @@ class LinearNF4(QuantizedModule):
             block_size: elements that share one scale.
             double_quant: quantize the scales to 8 bits too.
             scale: how scales are found, see `nf4.quantize`.
+            weights: ``[in_features]``, what columns count in that search.
             **options: of an adapter, such as r and lora_alpha.
 
         Raises:
             TypeError: linear is of another kind, or a subclass with a forward of its own.
-            ValueError: a weight is NaN or infinite, or scale is not known.
+            ValueError: a weight is NaN or infinite, scale is not known, or weights do not fit.
         """
         weight = dense_weight(linear)
         bias: nn.Parameter | None = linear.bias  # type: ignore[assignment]
-        q = quantize(weight, block_size, double_quant, scale=scale, check=True)
+        q = quantize(weight, block_size, double_quant, scale=scale, weights=weights, check=True)
         layer = cls.from_weight(q, bias, **options)
         return layer.take_after(linear)
 

@@ -150,8 +150,10 @@ def _quantize(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
     return _checked(w, check, *_run("quantize", w, w, block_size))
 
 
-def _quantize_mse(w: Tensor, block_size: int, signed: bool, check: bool) -> tuple[Tensor, Tensor]:
-    return _checked(w, check, *_run("quantize_mse", w, w, block_size, signed))
+def _quantize_mse(
+    w: Tensor, block_size: int, signed: bool, weights: Tensor | None, check: bool
+) -> tuple[Tensor, Tensor]:
+    return _checked(w, check, *_run("quantize_mse", w, w, block_size, signed, weights))
 
 
 def _checked(w: Tensor, check: bool, packed: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
@@ -376,7 +378,7 @@ define(
 )
 define(
     "quantize_mse",
-    "(Tensor w, int block_size, bool signed, bool check) -> (Tensor, Tensor)",
+    "(Tensor w, int block_size, bool signed, Tensor? weights, bool check) -> (Tensor, Tensor)",
     _quantize_mse,
     _quantize_fake,
 )

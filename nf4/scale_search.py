@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nf4.codebook import NF4_LEVELS
 
-X_UNIT, LEVEL_UNIT = 2.0**-13, 2.0**-10
+X_UNIT, LEVEL_UNIT, IMPORTANCE_UNIT = 2.0**-13, 2.0**-10, 2.0**-15
 CANDIDATES = tuple(k / 32 for k in (*range(8, 18, 2), *range(18, 39)))
 REFINEMENTS = 2
 LEVELS = tuple(round(level / LEVEL_UNIT) for level in NF4_LEVELS)

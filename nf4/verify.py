@@ -107,17 +107,20 @@ def _equal(operator: str, case: str, found: Tensor, expected: Tensor) -> Check:
 def _bits(device: torch.device) -> Iterator[Check]:
     for shape, block_size, dtype in product((*_SHAPES, (5,)), (32, 64, 4096), DTYPES):
         w = (torch.randn(shape, device=_CPU) * torch.randn(shape, device=_CPU).exp()).to(dtype)
-        for scale in SCALES:
+        columns = torch.randn(shape[-1], device=_CPU).mul(3).exp()
+        for scale, weights in (*((s, None) for s in SCALES), ("mse", columns)):
             case = f"{tuple(shape)}, block {block_size}, {_name(dtype)}, scale {scale}"
+            if weights is not None:
+                case += ", weighted"
             if scale == "absmax":
                 packed, absmax = quantize_reference(w, block_size)
             else:
-                signed = scale == "mse"
-                packed, absmax = quantize_mse_reference(w, block_size, signed)
-            q = quantize(w.to(device), block_size, False, scale=scale)
+                packed, absmax = quantize_mse_reference(w, block_size, scale == "mse", weights)
+            counts = None if weights is None else weights.to(device)
+            q = quantize(w.to(device), block_size, False, scale=scale, weights=counts)
             yield _equal("quantize", case, q.packed.view(-1), packed)
             yield _equal("quantize, scales", case, q.absmax, absmax)
-            if scale == "mse-positive":
+            if scale == "mse-positive" or weights is not None:
                 continue
             double = quantize(w.to(device), block_size, True, scale=scale)
             expected_parts = quantize_absmax_reference(absmax)

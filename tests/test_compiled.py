@@ -28,6 +28,7 @@ BUDGETS = {
     "quantize, block 4096, bf16": 17.0,
     "quantize_mse, block 64, bf16": 125.0,  # of one trial, and what is before and after it
     "quantize_mse, block 4096, bf16": 94.0,
+    "quantize_mse, block 64, bf16, weighted": 155.0,
     "quantize_absmax, sum": 45.0,
     "quantize_absmax, codes": 220.0,
     "dequantize, block 64, bf16": 7.0,

@@ -112,19 +112,94 @@ def test_what_is_not_finite_is_refused_or_shows(bad) -> None:
     assert not out[3].isfinite().any() and out.isfinite().sum() == 7 * 64
 
 
+def columns_of(shape: tuple[int, ...]) -> torch.Tensor:
+    """Draw what columns count, over several orders of magnitude."""
+    return torch.randn(shape[-1:]).mul(3).exp()
+
+
+def weighted_error(w: torch.Tensor, q: nf4.NF4Tensor, weights: torch.Tensor) -> float:
+    return ((nf4.dequantize(q) - w).double().square() * weights).sum().item()
+
+
+@pytest.mark.parametrize("scale", ["mse", "mse-positive"])
+@pytest.mark.parametrize(("shape", "block_size"), [((256, 512), 64), ((300, 72), 32)], ids=str)
+def test_weights_lower_the_error_that_they_weigh(shape, block_size, scale) -> None:
+    w, weights = torch.randn(shape), columns_of(shape)
+    plain, weighted = (
+        nf4.quantize(w, block_size, False, scale=scale, weights=h) for h in (None, weights)
+    )
+    assert weighted_error(w, weighted, weights) < 0.75 * weighted_error(w, plain, weights)
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.full((96,), 3.5), torch.zeros(96)], ids=["alike", "none"]
+)
+def test_columns_that_count_alike_change_nothing(weights) -> None:
+    w = torch.randn(40, 96)
+    plain, weighted = (nf4.quantize(w, scale="mse", weights=h) for h in (None, weights))
+    assert all(map(torch.equal, plain.tensors(), weighted.tensors()))
+
+
+def test_the_best_scale_for_one_column_is_exact_in_it() -> None:
+    """A column that alone counts is hit, where some scale above a quarter of absmax has a level."""
+    w, weights = torch.randn(512, 64), torch.zeros(64)
+    weights[17] = 1.0
+    q = nf4.quantize(w, double_quant=False, scale="mse", weights=weights)
+    largest = w.abs().amax(dim=1)
+    reached = w[:, 17].abs() > 0.1 * largest
+    error = (nf4.dequantize(q) - w)[:, 17].abs()
+    assert reached.sum() > 300 and (error < 1e-3 * largest)[reached].all()
+
+
+@pytest.mark.parametrize("power", [-40, 40])
+def test_a_power_of_two_in_the_weights_changes_nothing(power) -> None:
+    w, weights = torch.randn(40, 96), columns_of((96,))
+    first, second = (quantize_mse(w, 64, True, h) for h in (weights, weights * 2.0**power))
+    assert all(map(torch.equal, first, second))
+
+
+def test_weights_that_do_not_fit_are_refused() -> None:
+    w, fits = torch.randn(8, 64), torch.ones(64)
+    with pytest.raises(ValueError, match="weights: expected scale='mse' .* got scale='absmax'"):
+        nf4.quantize(w, weights=fits)
+    with pytest.raises(ValueError, match=r"weights: expected shape \(64,\), .* got \(8,\)"):
+        nf4.quantize(w, scale="mse", weights=torch.ones(8))
+    with pytest.raises(ValueError, match=r"weights: expected shape \(\), .* got \(1,\)"):
+        nf4.quantize(w[0, 0], scale="mse", weights=fits[:1])
+    with pytest.raises(TypeError, match="weights: expected a floating tensor, got torch.int64"):
+        nf4.quantize(w, scale="mse", weights=fits.long())
+    with pytest.raises(TypeError, match="weights: expected a floating tensor, got list"):
+        nf4.quantize(w, scale="mse", weights=fits.tolist())
+    for bad in (-1.0, torch.nan, torch.inf):
+        wrong = fits.clone()
+        wrong[3] = bad
+        with pytest.raises(ValueError, match="weights: expected finite values of at least 0"):
+            nf4.quantize(w, scale="mse", weights=wrong)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("block_size", [32, 64, 4096])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cpu_gives_the_bits_of_the_reference(shape, block_size, signed) -> None:
+def test_cpu_gives_the_bits_of_the_reference(shape, block_size, signed, weighted) -> None:
     cpu = pytest.importorskip("nf4.cpu.quantize_mse")
+    weights = columns_of(shape) if weighted and shape else None
     for dtype in DTYPES:
         w = (torch.randn(shape) * torch.randn(shape).exp()).to(dtype)
         for ours, expected in zip(
-            cpu.quantize_mse(w, block_size, signed),
-            quantize_mse(w, block_size, signed),
+            cpu.quantize_mse(w, block_size, signed, weights),
+            quantize_mse(w, block_size, signed, weights),
             strict=True,
         ):
             assert torch.equal(ours, expected)
+
+
+def test_cpu_gives_the_bits_of_the_reference_beyond_a_slab() -> None:
+    cpu = pytest.importorskip("nf4.cpu.quantize_mse")
+    w, weights = torch.randn(1100, 1025), columns_of((1025,))
+    assert w.numel() > cpu.SLAB
+    found, expected = (f(w, 64, True, weights) for f in (cpu.quantize_mse, quantize_mse))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("w", SPECIAL.values(), ids=SPECIAL.keys())
@@ -183,15 +258,16 @@ def test_unknown_scale_is_refused() -> None:
         nf4.quantize_model(nn.Linear(64, 64), scale="l2")
 
 
+@pytest.mark.parametrize("weights", [None, torch.rand(33)], ids=["plain", "weighted"])
 @pytest.mark.parametrize("signed", [False, True])
-def test_operator_passes_opcheck(signed) -> None:
-    args = (torch.randn(7, 33), 64, signed, True)
+def test_operator_passes_opcheck(signed, weights) -> None:
+    args = (torch.randn(7, 33), 64, signed, weights, True)
     torch.library.opcheck(torch.ops.nf4.quantize_mse.default, args)
 
 
-def check_kernel(kernel, w: torch.Tensor, block_size: int = 64, signed: bool = True) -> None:
-    found = kernel.quantize_mse(w, block_size, signed)
-    for ours, expected in zip(found, quantize_mse(w, block_size, signed), strict=True):
+def check_kernel(kernel, w, block_size=64, signed=True, weights=None) -> None:
+    found = kernel.quantize_mse(w, block_size, signed, weights)
+    for ours, expected in zip(found, quantize_mse(w, block_size, signed, weights), strict=True):
         assert torch.equal(ours, expected)
 
 
@@ -207,6 +283,17 @@ def test_quantize_mse_kernel_matches_reference(shape, block_size, signed, device
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("block_size", [32, 512])
+@pytest.mark.parametrize("shape", [(7, 33), (5,), (30, 72)], ids=str)
+def test_quantize_mse_kernel_matches_reference_weighted(shape, block_size, device) -> None:
+    from nf4.kernels import quantize_mse as kernel
+
+    weights = columns_of(shape).to(device)
+    check_kernel(kernel, torch.randn(shape).to(device), block_size, True, weights)
+    check_kernel(kernel, torch.randn(shape).to(device), block_size, True, weights * 0)
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("w", SPECIAL.values(), ids=SPECIAL.keys())
 def test_quantize_mse_kernel_special_blocks(w, device) -> None:
     from nf4.kernels import quantize_mse as kernel
@@ -215,10 +302,11 @@ def test_quantize_mse_kernel_special_blocks(w, device) -> None:
 
 
 PTX_CASES = {
-    "odd": ((7, 33), 32, True),
-    "masked": ((9, 136), 64, True),
-    "positive": ((40, 64), 64, False),
-    "long_blocks": ((300,), 4096, True),
+    "odd": ((7, 33), 32, True, False),
+    "masked": ((9, 136), 64, True, False),
+    "positive": ((40, 64), 64, False, False),
+    "long_blocks": ((300,), 4096, True, False),
+    "weighted": ((70, 33), 64, True, True),
 }
 
 
@@ -226,8 +314,9 @@ PTX_CASES = {
 def test_quantize_mse_ptx_matches_reference(case, emulate) -> None:
     from nf4.kernels import quantize_mse as kernel
 
-    shape, block_size, signed = PTX_CASES[case]
-    check_kernel(kernel, torch.randn(shape).bfloat16(), block_size, signed)
+    shape, block_size, signed, weighted = PTX_CASES[case]
+    weights = columns_of(shape) if weighted else None
+    check_kernel(kernel, torch.randn(shape).bfloat16(), block_size, signed, weights)
     assert emulate.launches == ["_quantize_mse_kernel"]
 
 
@@ -243,6 +332,12 @@ MISTAKES = {
     "score_of_the_first_sum_alone": ("a * a / b", "a"),
     "not_cut": ("x * inverse[:, None]), 1.0)", "x * inverse[:, None]), 9.0)"),
     "load_mask": ("mask=offs < left", "mask=offs < left + 1"),
+    "columns_shifted": ("(first * BLOCK_SIZE) % columns", "first % columns"),
+    "importance_of_none": (
+        "(h * INTO_U + ROUNDS - ROUNDS).to(tl.int32), 1)",
+        "(h * INTO_U).to(tl.int32), 0)",
+    ),
+    "importance_not_relative": ("h * inverse[:, None])", "tl.minimum(h, 1.0))"),
     "store_mask": ("mask=2 * byte_offs < left", "mask=2 * byte_offs < left + 2"),
 }
 
@@ -256,6 +351,9 @@ def test_quantize_mse_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_pat
     outlier = (torch.rand(4096) - 0.5) / 3  # one of 4096 is given up: x / scale is above 4
     outlier[7] = 1.0
     integers = torch.arange(-32, 32) / 32.0
-    cases = [(torch.randn(s).bfloat16(), b, signed) for s, b, signed in PTX_CASES.values()]
+    cases = [
+        (torch.randn(s).bfloat16(), b, signed, columns_of(s) if weighted else None)
+        for s, b, signed, weighted in PTX_CASES.values()
+    ]
     cases += [(outlier, 4096, True), (integers, 64, True)]
     assert is_noticed(check_kernel, ((wrong, *case) for case in cases))

@@ -10,18 +10,26 @@ from torch import Tensor
 from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
 from nf4.cpu._threads import spread
 from nf4.cpu.dequantize import compiled
-from nf4.scale_search import CANDIDATES, LEVEL_UNIT, LEVELS, REFINEMENTS, X_UNIT
+from nf4.scale_search import (
+    CANDIDATES,
+    IMPORTANCE_UNIT,
+    LEVEL_UNIT,
+    LEVELS,
+    REFINEMENTS,
+    X_UNIT,
+)
 
 SLAB = 1 << 20  # elements, whole blocks of every size
 GRAIN = 1 << 13  # elements worth a thread of their own
 
 _LEVELS = np.array(LEVELS, np.int32)
 _INTO_V = np.float32(1 / X_UNIT)
+_INTO_U = np.float32(1 / IMPORTANCE_UNIT)
 
 
 @compiled
-def _sums(v, sign, size, thresholds, levels, level, sums):  # type: ignore[no-untyped-def]
-    """Write sum(x l) and sum(l^2) of the codes of a scale, in units, into sums."""
+def _sums(v, u, weighted, sign, size, thresholds, levels, level, sums):  # type: ignore[no-untyped-def]
+    """Write sum(u x l) and sum(u l^2) of the codes of a scale, in units, into sums."""
     for i in range(len(v)):
         level[i] = levels[0]
     for k in range(15):
@@ -35,15 +43,36 @@ def _sums(v, sign, size, thresholds, levels, level, sums):  # type: ignore[no-un
                 level[i] += step * np.int32(-v[i] > threshold)
     a = np.int64(0)
     b = np.int64(0)
-    for i in range(len(v)):
-        a += np.int64(v[i] * level[i])
-        b += np.int64(level[i] * level[i])
+    if weighted:
+        for i in range(len(v)):
+            a += np.int64(u[i]) * np.int64(v[i] * level[i])
+            b += np.int64(u[i]) * np.int64(level[i] * level[i])
+    else:
+        for i in range(len(v)):
+            a += np.int64(v[i] * level[i])
+            b += np.int64(level[i] * level[i])
     sums[0], sums[1] = a * sign, b
 
 
 @compiled
-def _loop(x, thresholds, levels, ratios, signed, block_size, codes, absmax, begin, end):  # type: ignore[no-untyped-def]
+def _importance(weights, first, n, u):  # type: ignore[no-untyped-def]
+    """Write what each element of a block counts into u, the block's first of n being ``first``."""
+    largest = np.float32(0)
+    for i in range(min(len(u), n - first)):
+        largest = max(largest, weights[(first + i) % len(weights)])
+    inverse = np.float32(0)
+    if largest >= np.float32(SMALLEST_ABSMAX):
+        inverse = np.float32(1) / largest
+    for i in range(len(u)):
+        h = weights[(first + i) % len(weights)] * inverse
+        u[i] = max(np.int32(np.rint(h * _INTO_U)), np.int32(1))
+
+
+@compiled
+def _loop(x, n, weights, thresholds, levels, ratios, signed, block_size, codes, absmax, begin, end):  # type: ignore[no-untyped-def]
     v = np.empty(block_size, np.int32)
+    u = np.empty(block_size, np.int32)
+    weighted = len(weights) > 0
     level = np.empty(block_size, np.int32)
     scaled = np.empty(block_size, np.float32)
     sums = np.empty(2, np.int64)
@@ -66,6 +95,8 @@ def _loop(x, thresholds, levels, ratios, signed, block_size, codes, absmax, begi
             inverse = np.float32(1) / largest
             for i in range(block_size):
                 v[i] = np.int32(np.rint((values[i] * inverse) * _INTO_V))
+            if weighted:
+                _importance(weights, block * block_size, n, u)
             best, ratio = 0.0, 1.0
             for trial in range(len(ratios) * (2 if signed else 1) + REFINEMENTS):
                 if trial < len(ratios):
@@ -75,7 +106,7 @@ def _loop(x, thresholds, levels, ratios, signed, block_size, codes, absmax, begi
                 else:
                     tried = ratio
                 sign = 1 if tried > 0 else -1
-                _sums(v, sign, abs(tried) / X_UNIT, thresholds, levels, level, sums)
+                _sums(v, u, weighted, sign, abs(tried) / X_UNIT, thresholds, levels, level, sums)
                 a, b = np.float64(sums[0]), np.float64(sums[1])
                 found = a * a / b
                 if found > best and a > 0:
@@ -99,7 +130,11 @@ def _loop(x, thresholds, levels, ratios, signed, block_size, codes, absmax, begi
 
 
 def quantize_mse(
-    w: Tensor, block_size: int, signed: bool, out: tuple[Tensor, Tensor] | None = None
+    w: Tensor,
+    block_size: int,
+    signed: bool,
+    weights: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantize w; arguments and results as in nf4/reference/quantize_mse.py."""
     x = w.detach().reshape(-1)
@@ -108,6 +143,9 @@ def quantize_mse(
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
     thresholds = np.array(nf4_thresholds(), np.float32)
     ratios = np.array(CANDIDATES)
+    columns = np.empty(0, np.float32)
+    if weights is not None:
+        columns = weights.detach().contiguous().numpy()
     for begin in range(0, n, SLAB):
         slab = x[begin : begin + SLAB].float().contiguous()
         count = slab.numel()
@@ -120,6 +158,8 @@ def quantize_mse(
             range(blocks),
             max(GRAIN // block_size, 1),
             slab.numpy(),
+            count,
+            np.roll(columns, -begin % len(columns)) if len(columns) else columns,
             thresholds,
             _LEVELS,
             ratios,
