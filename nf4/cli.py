@@ -97,8 +97,9 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from nf4.demo.report import print_result, progress_bar
+    from nf4.demo.report import print_result
     from nf4.demo.run import run_demo
+    from nf4.progress import progress_bar
 
     out = options.out if options.out is not None else _free_folder("nf4-demo")
     result = run_demo(options.steps, options.model, options.text, out, options.seed, progress_bar)
@@ -112,7 +113,7 @@ def _bench(options: argparse.Namespace) -> None:
     if options.tune:
         _tune(options)
         return
-    from nf4.demo.report import progress_bar
+    from nf4.progress import progress_bar
 
     compiler = import_module("nf4.kernels._report")
     targets = compiler.check_targets(options.target or compiler.TARGETS)
@@ -128,7 +129,7 @@ def _verify(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from nf4.demo.report import progress_bar
+    from nf4.progress import progress_bar
     from nf4.verify import verify
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,7 +159,7 @@ def _verify_table(rows: Sequence[Any]) -> Any:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from nf4.demo.report import progress_bar
+    from nf4.progress import progress_bar
 
     tuner = import_module("nf4.gpu.tune")
     shapes = tuner.parse_shapes(options.shapes) if options.shapes else tuner.SHAPES

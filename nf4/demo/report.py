@@ -1,51 +1,10 @@
-"""The demo's tables and progress bars, for a terminal."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""The demo's tables, for a terminal."""
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nf4.demo.run import Bar, DemoResult
-
-
-class _RichBar:
-    """One task of a rich progress display."""
-
-    def __init__(self, display: Progress, total: int) -> None:
-        self._display = display
-        self._task = display.add_task("", total=total, remark="")
-
-    def step(self, remark: str = "") -> None:
-        """Move on by one."""
-        self._display.update(self._task, advance=1, remark=remark)
-
-
-class _NoBar:
-    """The bar of a step that is over as soon as it moves."""
-
-    def step(self, remark: str = "") -> None:
-        """Do nothing."""
-
-
-@contextmanager
-def progress_bar(title: str, total: int) -> Iterator[Bar]:
-    """Show a progress bar on standard error while the block runs; a spinner if it is one step."""
-    if total == 1:
-        with Console(stderr=True).status(title):
-            yield _NoBar()
-        return
-    columns = (
-        TextColumn(f"{title:44}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[remark]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as display:
-        yield _RichBar(display, total)
+from nf4.demo.run import DemoResult
 
 
 def print_result(result: DemoResult, console: Console) -> None:

@@ -5,37 +5,29 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
+from nf4 import samples
 from nf4.adapters import add_lora
 from nf4.checkpoint import load_adapter, save_adapter
 from nf4.convert import quantize_model, quantized_layers
-from nf4.demo import data, plots
+from nf4.demo import plots
 from nf4.demo.train import batches, race, train
 from nf4.error import LayerError, model_error, perplexity
 from nf4.files import check_new, new_folder
 from nf4.merging import merge
+from nf4.progress import Progress, steps
 
 R, LORA_ALPHA, LEARNING_RATE = 8, 16, 2e-3
 RACE_ROUNDS = 5
 NEW_TOKENS = 60
-
-
-class Bar(Protocol):
-    """A progress bar: `step` moves it on, with a remark to show beside it."""
-
-    def step(self, remark: str = "") -> None:
-        """Move on by one."""
-
-
-Progress = Callable[[str, int], Any]
 
 
 @dataclass
@@ -118,12 +110,12 @@ def run_demo(
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     out = check_new(out, "out")
-    data.check_packages(model)
+    samples.check_packages(model)
     torch.manual_seed(seed)
     with progress("Load the model", 1) as bar:
-        dense, tokenizer = data.load_model(model)
-        tokens, held_out = data.training_tokens(tokenizer, text)
-        wiki = data.wikipedia_windows(tokenizer)
+        dense, tokenizer = samples.load_model(model)
+        tokens, held_out = samples.training_tokens(tokenizer, text)
+        wiki = samples.wikipedia_windows(tokenizer)
         bar.step()
     result = DemoResult(model or "SmolLM2-135M-Instruct", seed, steps)
     with new_folder(out) as folder:
@@ -166,7 +158,7 @@ def _quantize(
     result.parameters = sum(p.numel() for p in dense.parameters())
     result.model_bytes_before = model_bytes(dense)
     quantized = copy.deepcopy(dense)
-    with _bar(progress, "Quantize", len(rows)) as step:
+    with steps(progress, "Quantize", len(rows)) as step:
         begin = time.perf_counter()
         quantize_model(quantized, progress=lambda done, total: step())
         result.quantize_seconds = time.perf_counter() - begin
@@ -183,7 +175,7 @@ def _quantize(
 def _perplexity(name: str, model: nn.Module, windows: torch.Tensor, progress: Progress) -> float:
     text, kind = name.rsplit("_", 1)
     title = f"Perplexity, {'Wikipedia' if text == 'perplexity' else 'held-out text'}, {kind}"
-    with _bar(progress, title, len(windows)) as step:
+    with steps(progress, title, len(windows)) as step:
         return perplexity(model, windows, lambda done, total: step())
 
 
@@ -203,7 +195,7 @@ def _race(
     config = LoraConfig(r=R, lora_alpha=LORA_ALPHA, target_modules=targets)
     with _quiet():
         lora = get_peft_model(dense, config)
-    with _bar(progress, "Race a step: fp32 + LoRA, NF4 + LoRA", 2 * (RACE_ROUNDS + 1)) as step:
+    with steps(progress, "Race a step: fp32 + LoRA, NF4 + LoRA", 2 * (RACE_ROUNDS + 1)) as step:
         batch = batches(tokens, 1, 0)[0]
         seconds = race((quantized, lora), batch, RACE_ROUNDS, step)
     result.step_seconds_nf4, result.step_seconds_fp32 = seconds
@@ -265,12 +257,6 @@ def _generate(
         )
         bar.step()
     result.generated = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
-
-
-@contextmanager
-def _bar(progress: Progress, title: str, total: int) -> Iterator[Callable[[], None]]:
-    with progress(title, total) as bar:
-        yield bar.step
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where the demo's model and texts come from: Python packages and files, never the network."""
+"""Models and texts that installed packages carry, or files: never the network."""
 
 import bz2
 import html
