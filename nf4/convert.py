@@ -180,7 +180,7 @@ def dense_layers(
         raise TypeError(f"quantize_embeddings: expected a bool, got {type(embeddings).__name__}")
     skip = check_skip_modules(skip_modules)
     modules = dict(model.named_modules(remove_duplicate=False))
-    skipped = {id(module) for name, module in modules.items() if _is_below(name, skip)}
+    skipped = {id(module) for name, module in modules.items() if is_below(name, skip)}
     wanted = token_embeddings(model) if embeddings else set()
     layers = {
         name: module
@@ -315,7 +315,7 @@ def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
         raise ValueError(message) from error
 
 
-def _is_below(name: str, skip: str | Iterable[str]) -> bool:
+def is_below(name: str, skip: str | Iterable[str]) -> bool:
     """Return whether a name, or that of a module it is inside of, is one of those to skip."""
     parts = name.split(".")
     if isinstance(skip, str):

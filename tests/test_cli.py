@@ -113,7 +113,7 @@ BAD = {
     ),
     "no_model": (
         lambda f, m: ["demo", "--model", str(f / "none")],
-        "model: expected a folder or a .gguf file",
+        "model: expected a folder, a file or one of",
     ),
     "empty_folder": (
         lambda f, m: ["demo", "--model", str(f)],

@@ -322,7 +322,7 @@ BAD = {
     "merge_dense": (lambda: nf4.merge(nn.Linear(8, 8)), ValueError, "expected LinearNF4 layers"),
     "merge_model": (lambda: nf4.merge(3), TypeError, "expected a torch.nn.Module, got int"),
     "model_error_none": (lambda: nf4.model_error(nn.ReLU()), ValueError, "found none in ReLU"),
-    "model_error_model": (lambda: nf4.model_error("x"), TypeError, "got str"),
+    "model_error_model": (lambda: nf4.model_error(3), TypeError, "got int"),
 }
 
 

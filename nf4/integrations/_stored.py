@@ -49,7 +49,13 @@ def is_part(name: str) -> bool:
 
 
 def names_in_model(stored: Mapping[str, Stored], model: Any) -> dict[str, Stored]:
-    """Return what files hold by the names that the model has for them.
+    """Return what files hold, parts of 4-bit weights by the names that the model has for them."""
+    renamed = model_names((name for name in stored if is_part(name)), model)
+    return {renamed.get(name, name): tensor for name, tensor in stored.items()}
+
+
+def model_names(names: Iterable[str], model: Any) -> dict[str, str]:
+    """Return the names that a model has for tensors, by their names in files.
 
     transformers renames tensors of some architectures, and the part of the model below its head
     has a prefix in some files and in others not.
@@ -60,14 +66,12 @@ def names_in_model(stored: Mapping[str, Stored], model: Any) -> dict[str, Stored
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     prefix = getattr(model, "base_model_prefix", "")
     found = {}
-    for name, tensor in stored.items():
-        if is_part(name):
-            renamed = name
-            for renaming in renamings:
-                renamed, _ = renaming.rename_source_key(renamed)
-            names = [*_names(renamed, prefix), *_names(name, prefix)]
-            name = next((n for n in names if _module(n) in modules), names[0])
-        found[name] = tensor
+    for name in names:
+        renamed = name
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        candidates = [*_names(renamed, prefix), *_names(name, prefix)]
+        found[name] = next((n for n in candidates if _module(n) in modules), candidates[0])
     return found
 
 

@@ -1,0 +1,171 @@
+"""The dense weights in a model's files, read one at a time: never the whole model in memory."""
+
+import importlib.util
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nf4.convert import check_skip_modules, is_below
+from nf4.samples import model_path
+from nf4.tensor import DTYPES
+
+# By their names, what is no linear layer though it is a matrix: embeddings and routers' biases
+_EMBEDDINGS = re.compile(r"embed|(^|[._])(wte|wpe|tok|token|position|pos_emb|shared)([._]|$)")
+_OUTPUT_OF_GGUF = "output"
+_SUFFIX = ".weight"
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A weight that `nf4.quantize_model` would quantize.
+
+    Attributes:
+        name: of the layer, in the files.
+        shape: ``[out_features, in_features]``, with the number of experts before it if any.
+        read: reads it; nothing is read before.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def dense_weights_in(
+    source: str | Path, skip_modules: str | Iterable[str] = ("lm_head",)
+) -> list[DenseWeight]:
+    """Return the weights of linear layers in a model's files, in their order there.
+
+    A transformers folder is asked for its class, if transformers is installed: the layers are those
+    that `nf4.quantize_model` would find in it. Elsewhere they are told by their names: matrices
+    called ``weight`` whose names do not say embedding. Rows of queries and keys in a GGUF file are
+    in its own order, which moves blocks about and leaves their errors as they are.
+
+    Args:
+        source: a folder of safetensors or of PyTorch's ``.bin`` files, one such file, a ``.gguf``
+            file, or a name of `nf4.samples.MODELS`.
+        skip_modules: names of modules to leave out, as for `nf4.quantize_model`; a GGUF file's
+            ``output`` is called ``lm_head`` here too.
+
+    Raises:
+        FileNotFoundError: there is nothing at source, or no file of weights in the folder.
+        ImportError: a GGUF file is to be read and gguf is not installed.
+        ValueError: a file is truncated or of another kind, or holds no dense weight of a linear
+            layer.
+    """
+    skip = check_skip_modules(skip_modules)
+    path = model_path(source)
+    tensors = [t for file in _files(path) for t in _tensors(file)]
+    found = _by_class(path, tensors, skip)
+    if found is None:
+        matrices = (t for t in tensors if len(t.shape) in (2, 3) and all(t.shape))
+        found = [t for t in matrices if _is_linear(t.name)]
+        found = [_named(t, t.name.removesuffix(_SUFFIX)) for t in found]
+        found = [t for t in found if not _is_skipped(t.name, skip)]
+    if not found:
+        raise ValueError(f"model: expected dense weights of linear layers, found none in {path}")
+    return found
+
+
+def _by_class(
+    path: Path, tensors: list[DenseWeight], skip: str | tuple[str, ...]
+) -> list[DenseWeight] | None:
+    """Return the layers that the class of a transformers folder has; None if it has none."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if path.suffix == ".gguf" or not config.is_file():
+        return None
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from nf4.integrations._dense_layers import find
+
+    return find(config.parent, tensors, skip)
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files of a model's weights."""
+    if path.is_file():
+        return [path]
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
+        files = sorted(path.glob(pattern))
+        if files:
+            return files
+    raise FileNotFoundError(
+        f"model: expected safetensors, .bin or .gguf files, found none in {path}"
+    )
+
+
+def _tensors(file: Path) -> Iterator[DenseWeight]:
+    """Yield the tensors of a file that may be dense weights, by their whole names."""
+    kinds = {".safetensors": _safetensors, ".gguf": _gguf, ".bin": _pickled, ".pt": _pickled}
+    kind = kinds.get(file.suffix)
+    if kind is None:
+        raise ValueError(f"model: expected a .safetensors, .bin or .gguf file, got {file.name!r}")
+    try:
+        yield from kind(file)
+    except (SafetensorError, EOFError, RuntimeError, IndexError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{file}: expected a whole {file.suffix} file, got: {reason}") from error
+
+
+def _safetensors(file: Path) -> Iterator[DenseWeight]:
+    with safe_open(file, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118
+            view = opened.get_slice(name)
+            if view.get_dtype() in ("F32", "F16", "BF16"):
+                yield DenseWeight(name, tuple(view.get_shape()), partial(_from_file, file, name))
+
+
+def _from_file(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def _pickled(file: Path) -> Iterator[DenseWeight]:
+    # Files of before 2020 are no archives, and cannot be mapped: they are read whole
+    mapped = zipfile.is_zipfile(file)
+    held = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    for name, tensor in held.items():
+        if isinstance(tensor, Tensor) and tensor.dtype in DTYPES:
+            yield DenseWeight(name, tuple(tensor.shape), partial(_itself, tensor))
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _gguf(file: Path) -> Iterator[DenseWeight]:
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("expected the package gguf to read a .gguf file: pip install 'nf4[demo]'")
+    from gguf import GGUFReader
+
+    for tensor in GGUFReader(file).tensors:
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        yield DenseWeight(tensor.name, shape, partial(_from_gguf, tensor))
+
+
+def _from_gguf(tensor: Any) -> Tensor:
+    from gguf.quants import dequantize
+
+    return torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+
+
+def _is_linear(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    named = last in ("weight", "gate_up_proj", "down_proj")
+    return named and _EMBEDDINGS.search(name.lower()) is None
+
+
+def _named(weight: DenseWeight, name: str) -> DenseWeight:
+    return DenseWeight(name, weight.shape, weight.read)
+
+
+def _is_skipped(name: str, skip: str | tuple[str, ...]) -> bool:
+    return is_below(name, skip) or (name == _OUTPUT_OF_GGUF and is_below("lm_head", skip))
