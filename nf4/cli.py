@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=_demo)
+    _add_error(commands)
     bench = commands.add_parser(
         "bench",
         help="count what the kernels use on GPUs that are not here, or tune them on one that is",
@@ -92,6 +93,104 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print every comparison as JSON")
     check.set_defaults(run=_verify)
     return parser
+
+
+def _add_error(commands: Any) -> None:
+    error = commands.add_parser(
+        "error",
+        help="measure what four bits cost a model, layer by layer",
+        description="Measure the error of each linear layer of a model's files, one weight in "
+        "memory at a time, next to what theory expects of normal weights. With --out, also compare "
+        "block sizes, scales and codebooks, and write a page with pictures, JSON and CSV.",
+    )
+    error.add_argument(
+        "model",
+        nargs="?",
+        help="a transformers folder, a folder of safetensors or .bin files, one such file, a .gguf "
+        "file, or a packaged model: smollm2, minilm, albert, mgm",
+    )
+    error.add_argument("--block-size", type=int, default=64, help="32 to 4096 (default: 64)")
+    error.add_argument("--no-double-quant", action="store_true", help="keep scales in fp32")
+    error.add_argument(
+        "--scale", default="absmax", help="absmax, mse or mse-positive (default: absmax)"
+    )
+    error.add_argument(
+        "--skip", nargs="*", default=["lm_head"], help="modules to leave out (default: lm_head)"
+    )
+    error.add_argument(
+        "--perplexity",
+        metavar="TEXT",
+        help="score the text under fp32, NF4, block sizes, kinds of scale and codebooks: a UTF-8 "
+        "file, or wikipedia for packaged articles; holds the model in memory twice, in fp32",
+    )
+    error.add_argument(
+        "--tokens", type=int, default=4096, help="of the text to score (default: 4096)"
+    )
+    error.add_argument("--out", help="folder to write report.html and more to, must not exist")
+    error.add_argument(
+        "--codebooks",
+        action="store_true",
+        help="instead of a model: every codebook at every block size on N(0, 1), by theory and "
+        "measured",
+    )
+    form = error.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the report as JSON")
+    form.add_argument("--csv", action="store_true", help="print the layers as CSV")
+    error.set_defaults(run=_error)
+
+
+def _error(options: argparse.Namespace) -> None:
+    from nf4.progress import progress_bar
+    from nf4.report import tables
+    from nf4.report.measure import as_json
+    from nf4.report.run import run_error
+    from nf4.schemes import Scheme
+
+    if (options.model is None) != options.codebooks:
+        raise ValueError("model: expected a model or --codebooks, one of them")
+    if options.codebooks:
+        _codebooks(options)
+        return
+    scheme = Scheme("nf4", options.block_size, not options.no_double_quant, options.scale)
+    report = run_error(
+        options.model,
+        options.skip,
+        scheme,
+        options.perplexity,
+        options.tokens,
+        options.out,
+        progress_bar,
+    )
+    if options.json:
+        sys.stdout.write(json.dumps(as_json(report), ensure_ascii=False) + "\n")
+    elif options.csv:
+        sys.stdout.write(tables.as_csv(report))
+    else:
+        tables.print_report(report, _console())
+    if options.out is not None:
+        sys.stderr.write(f"{Path(options.out) / 'report.html'}\n")
+
+
+def _codebooks(options: argparse.Namespace) -> None:
+    from nf4.progress import progress_bar
+    from nf4.report import tables
+    from nf4.schemes import codebook_errors, compared
+
+    if options.csv or options.out is not None:
+        raise ValueError("codebooks: expected --json or neither, got --csv or --out")
+    with progress_bar("Measure codebooks", len(compared())) as bar:
+        rows = codebook_errors(progress=lambda *_: bar.step())
+    if options.json:
+        sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
+        return
+    _console().print(tables.codebook_table(rows))
+
+
+def _console() -> Any:
+    """Return rich's console; wide where no terminal sets the width."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -120,18 +120,54 @@ def load_model(source: str | None) -> tuple[nn.Module, Any]:
     return model.eval(), tokenizer
 
 
-def wikipedia_windows(tokenizer: Any) -> Tensor:
+def wikipedia_windows(tokenizer: Any, count: int = WINDOWS) -> Tensor:
     """Return the beginnings of Wikipedia articles from gensim's test data.
 
-    Articles shorter than a window are left out; of the others these are the fifth to the twelfth.
+    Articles shorter than a window are left out; of the others these are the fifth and the next.
+
+    Args:
+        tokenizer: of the model.
+        count: how many windows, at most; there are some fifty.
 
     Returns:
-        int64 ``[8, 512]``, a window an article: 4096 tokens.
+        int64 ``[count, 512]``, a window an article.
     """
     articles = _articles(packaged_file(*_WIKIPEDIA))
     windows = (tokenizer(text[: 8 * WINDOW]).input_ids[:WINDOW] for text in articles)
     whole = (tokens for tokens in windows if len(tokens) == WINDOW)
-    return torch.tensor(list(islice(whole, 4, 4 + WINDOWS)))
+    return torch.tensor(list(islice(whole, 4, 4 + count)))
+
+
+def text_windows(tokenizer: Any, source: str | Path, count: int) -> Tensor:
+    """Return the beginning of a text in windows.
+
+    Args:
+        tokenizer: of the model.
+        source: a UTF-8 file.
+        count: how many windows, at most.
+
+    Returns:
+        int64 ``[count, 512]``; fewer if the text is shorter.
+
+    Raises:
+        FileNotFoundError: source is not there.
+        ValueError: source is no UTF-8 text, or shorter than a window.
+    """
+    text = _read_text(Path(source))
+    tokens = torch.tensor(tokenizer(text[: 16 * WINDOW * count], verbose=False).input_ids)
+    if len(tokens) < WINDOW:
+        raise ValueError(f"text: expected at least {WINDOW} tokens, got {len(tokens)} in {source}")
+    whole = min(len(tokens) // WINDOW, count) * WINDOW
+    return tokens[:whole].view(-1, WINDOW)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"text: expected a UTF-8 text file, {path} does not exist")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: expected a UTF-8 text file, {path}: {error}") from error
 
 
 def training_tokens(tokenizer: Any, source: str | None) -> tuple[Tensor, Tensor]:
@@ -153,13 +189,7 @@ def training_tokens(tokenizer: Any, source: str | None) -> tuple[Tensor, Tensor]
         play = files("nf4.demo").joinpath
         texts = [play(f"{name}.txt").read_text(encoding="utf-8") for name in ("othello", "macbeth")]
     else:
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"text: expected a UTF-8 text file, {path} does not exist")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text: expected a UTF-8 text file, {path}: {error}") from error
+        text = _read_text(Path(source))
         cut = len(text) * 9 // 10
         texts = [text[:cut], text[cut:]]
     train, held_out = (torch.tensor(tokenizer(t, verbose=False).input_ids) for t in texts)

@@ -44,10 +44,16 @@ class Scheme:
         return 4 + scale / self.block_size
 
     @property
+    def kind(self) -> str:
+        """What a reader calls it, whatever the block size."""
+        double = ", double quantization" if self.double_quant else ""
+        return f"{self.codebook.upper()}{_SCALES[self.scale]}{double}"
+
+    @property
     def label(self) -> str:
         """What a reader calls it."""
-        double = ", double quantization" if self.double_quant else ""
-        return f"{self.codebook.upper()}, block {self.block_size}{_SCALES[self.scale]}{double}"
+        name, comma, rest = self.kind.partition(",")
+        return f"{name}, block {self.block_size}{comma}{rest}"
 
     def round(self, w: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return what w becomes by quantizing and dequantizing it.

@@ -2,27 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nf4.error import LayerError
-
-
-def _figure(title: str) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+from nf4.figures import figure
 
 
 def plot_loss(losses: Sequence[float], path: Path) -> None:
     """Draw the training loss against the step."""
-    figure, axes = _figure("QLoRA fine-tuning on a 4-bit base: training loss")
+    picture, axes = figure("QLoRA fine-tuning on a 4-bit base: training loss")
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="each step")
     width = max(1, min(9, len(losses) // 4))
@@ -33,12 +20,12 @@ def plot_loss(losses: Sequence[float], path: Path) -> None:
     axes.set_ylabel("cross-entropy (nats per token)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    picture.savefig(path, dpi=120)
 
 
 def plot_error(rows: Sequence[LayerError], path: Path) -> None:
     """Draw the relative error of every layer, in the model's order, a colour for each kind."""
-    figure, axes = _figure("NF4 quantization error of each layer")
+    picture, axes = figure("NF4 quantization error of each layer")
     kinds = list(dict.fromkeys(row.kind for row in rows))
     for kind in kinds:
         points = [r.error.relative for r in rows if r.kind == kind]
@@ -47,4 +34,4 @@ def plot_error(rows: Sequence[LayerError], path: Path) -> None:
     axes.set_ylabel("relative error |Ŵ - W| / |W|")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, ncols=2, fontsize="small")
-    figure.savefig(path, dpi=120)
+    picture.savefig(path, dpi=120)

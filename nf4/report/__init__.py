@@ -1,0 +1,1 @@
+"""The report of what four bits cost a model: measured, expected, drawn and written."""
