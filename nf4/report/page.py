@@ -36,6 +36,7 @@ h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; marg
 .tiles b { display: block; font-size: 1.35rem; } .tiles span { opacity: .75; font-size: .85rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr));
   gap: 1.2rem; }
+.pictures { margin-top: 1.2rem; } #theory, #perplexity { grid-column: 1 / -1; }
 figure { margin: 0; } figure img { width: 100%; background: #fff; border-radius: .5rem; }
 figcaption { font-size: .85rem; opacity: .8; }
 .wide { overflow-x: auto; }
@@ -145,21 +146,21 @@ def _perplexities(report: ErrorReport) -> Iterable[str]:
 
 
 def _schemes(report: ErrorReport) -> Iterable[str]:
+    """Yield a table: a row a kind of scheme, a column a block size."""
     if not report.schemes:
         return
     yield "<h2>Other codebooks, block sizes and scales</h2>"
-    yield "<p>Relative error: measured on a sample of each layer, and expected of normal weights."
-    yield "</p>"
-    rows = [
-        (
-            s.label,
-            f"{s.bits_per_weight:.3f}",
-            f"{s.relative:.4f}",
-            "" if s.expected is None else f"{s.expected:.4f}",
-        )
-        for s in report.schemes
-    ]
-    yield _plain(("scheme", "bits per weight", "measured", "expected"), rows)
+    yield "<p>Relative error measured on a sample of each layer; below it, where there is theory, "
+    yield "what is expected of normal weights. Columns are block sizes.</p>"
+    sizes = sorted({s.scheme.block_size for s in report.schemes})
+    found = {(s.scheme.kind, s.scheme.block_size): s for s in report.schemes}
+    rows = []
+    for kind in dict.fromkeys(s.scheme.kind for s in report.schemes):
+        own = [found[kind, size] for size in sizes]
+        rows.append((kind, *(f"{s.relative:.4f}" for s in own)))
+        if all(s.expected is not None for s in own):
+            rows.append(("expected", *(f"{s.expected:.4f}" for s in own)))
+    yield _plain(("scheme", *map(str, sizes)), rows)
 
 
 def _plain(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
