@@ -57,12 +57,12 @@ def disassemble(cubin: Path) -> list[Instruction]:
 
 
 def main_loop(code: list[Instruction]) -> list[Instruction] | None:
-    """Return the loop that does the work: of the innermost, the one with most products, or None."""
+    """Return the loop that does the work, or None: no loop inside it multiplies, waiting apart."""
     loops = [set(body) for body in _loops(code)]
-    innermost = [body for body in loops if not any(other < body for other in loops)]
-    working = [[code[i] for i in sorted(body)] for body in innermost]
-    best = max(working, key=tensor_instructions, default=[])
-    return best if tensor_instructions(best) else None
+    working = [body for body in loops if tensor_instructions([code[i] for i in body])]
+    innermost = [body for body in working if not any(other < body for other in working)]
+    bodies = [[code[i] for i in sorted(body)] for body in innermost]
+    return max(bodies, key=tensor_instructions, default=None)
 
 
 def tensor_instructions(code: list[Instruction]) -> int:

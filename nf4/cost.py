@@ -1,7 +1,8 @@
 """A model of time on a GPU: bytes over bandwidth, flops over throughput, cycles of the kernels.
 
-The figures of H200 and H100 are measured ceilings of copies and matrix products, those of other
-devices data sheet values times the same shares. What comes out is called modelled, never measured.
+The figures of the H200 are ceilings of copies and matrix products that others measured, those of
+other devices data sheet values times the same shares. What comes out is called modelled, never
+measured.
 """
 
 from dataclasses import dataclass

@@ -67,7 +67,10 @@ def explain(shape: Sequence[int], q: NF4Tensor, dtype: torch.dtype | None = None
         return Explanation(chosen.kernel, chosen.reason, chosen.seconds)
     missing = {"cpu": "numba", "cuda": "triton"}.get(kind)
     if package == "nf4.cpu":
-        reason = "on a CPU with numba: slabs of W are dequantized and multiplied"
+        how = "slabs of W are dequantized and multiplied"
+        if importlib.import_module("nf4.cpu.linear").takes_few_rows(m, k, dtype, q.block_size):
+            how = "few rows are multiplied without writing W"
+        reason = f"on a CPU with numba: {how}"
     elif missing is not None:
         reason = f"{missing} is not installed: the reference, in plain PyTorch"
     else:

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -96,28 +98,40 @@ def load_model(source: str | None) -> tuple[nn.Module, Any]:
     """
     path = model_path("smollm2" if source is None else source)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # The demo has progress bars of its own.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        if path.is_dir():
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        else:
-            folder, name = str(path.parent), path.name
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-            config = GgufConfig(dequantize=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, dtype=torch.float32, quantization_config=config
-            )
+        with _no_bars():
+            if path.is_dir():
+                tokenizer = AutoTokenizer.from_pretrained(path)
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            else:
+                folder, name = str(path.parent), path.name
+                tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+                config = GgufConfig(dequantize=True)
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, gguf_file=name, dtype=torch.float32, quantization_config=config
+                )
     except Exception as error:  # transformers raises many kinds for files it cannot read
         reason = " ".join(str(error).split())
         raise ValueError(f"model: expected a causal language model, {path}: {reason}") from error
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep tqdm's bars off the screen, which has others; tqdm reads its environment too early."""
+    from tqdm import tqdm
+
+    init = tqdm.__init__
+    tqdm.__init__ = partialmethod(init, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = init
 
 
 def wikipedia_windows(tokenizer: Any, count: int = WINDOWS) -> Tensor:

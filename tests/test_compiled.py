@@ -85,6 +85,8 @@ def test_kernel_compiles_without_spills_and_within_budget(variant, target) -> No
     counted = "sm_90" if "sm_90" in variant.targets else "sm_80"
     if target == counted:
         assert found.instructions <= BUDGETS[variant.name]
+    if target == "sm_100":  # the same loop, waiting included
+        assert found.instructions <= 1.5 * BUDGETS[variant.name]
     if target != "sm_90":
         return
     op = variant.name.split(",")[0]

@@ -16,6 +16,9 @@ def test_explain_names_what_runs_on_a_cpu(monkeypatch) -> None:
     told = nf4.explain((2, 3, 128), Q)
     assert told.kernel == "nf4.cpu.linear.linear" and told.modelled_seconds is None
     assert str(told) == f"{told.kernel}: {told.reason}"
+    assert told.reason.endswith("few rows are multiplied without writing W")
+    many = nf4.explain((64, 128), Q)
+    assert many.reason.endswith("slabs of W are dequantized and multiplied")
     monkeypatch.setitem(operators._FASTER, "cpu", ())
     operators.implementation.cache_clear()
     try:

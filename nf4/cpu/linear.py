@@ -45,9 +45,9 @@ def _slabs(
         yield slice(begin, begin + count), slab
 
 
-def _is_few(x: Tensor, block_size: int) -> bool:
-    m, k = x.shape
-    if x.dtype == torch.float64 or k == 0 or k % block_size:
+def takes_few_rows(m: int, k: int, dtype: torch.dtype, block_size: int) -> bool:
+    """Return whether x ``[m, k]`` is multiplied without writing W."""
+    if dtype == torch.float64 or k == 0 or k % block_size:
         return False
     return 1 <= m <= few_rows.MOST_ROWS
 
@@ -64,7 +64,8 @@ def product(
 ) -> Tensor:
     """Return x @ W.T for x ``[M, K]``, fp32 (fp64 for fp64) and not yet rounded."""
     shape = (out_features, x.shape[1])
-    if _is_few(x, block_size):
+    m, k = x.shape
+    if takes_few_rows(m, k, x.dtype, block_size):
         weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
         return few_rows.product(x, weight, out_features)
     wide = x.to(accumulator(x.dtype))
