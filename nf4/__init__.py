@@ -26,6 +26,7 @@ from nf4.functional import (
 from nf4.linear import LinearNF4, QLoRALinear
 from nf4.merging import merge
 from nf4.scratch import release_scratch
+from nf4.stream import quantize_checkpoint
 from nf4.tensor import NF4Tensor
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "model_error",
     "quantization_error",
     "quantize",
+    "quantize_checkpoint",
     "quantize_model",
     "release_scratch",
     "save_adapter",

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of all randomness (default: 0)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=_demo)
+    _add_quantize(commands)
     _add_error(commands)
     bench = commands.add_parser(
         "bench",
@@ -95,6 +97,61 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_options(command: argparse.ArgumentParser) -> None:
+    """Add how to quantize."""
+    command.add_argument("--block-size", type=int, default=64, help="32 to 4096 (default: 64)")
+    command.add_argument("--no-double-quant", action="store_true", help="keep scales in fp32")
+    command.add_argument(
+        "--scale", default="absmax", help="absmax, mse or mse-positive (default: absmax)"
+    )
+
+
+def _add_quantize(commands: Any) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        help="quantize a transformers folder into another, a weight at a time",
+        description="Quantize the linear layers of a transformers folder into a new folder that "
+        "from_pretrained opens. The model is never in memory; an interrupted run goes on where it "
+        "was when called again. Experts of a mixture stay dense.",
+    )
+    quantize.add_argument("source", help="folder with config.json and safetensors")
+    quantize.add_argument("target", help="folder to make, must not exist")
+    _add_options(quantize)
+    quantize.add_argument(
+        "--skip", nargs="*", help="modules to leave dense (default: what transformers leaves alone)"
+    )
+    quantize.add_argument("--json", action="store_true", help="print the result as JSON")
+    quantize.set_defaults(run=_quantize)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from nf4.progress import progress_bar
+    from nf4.stream import quantize_checkpoint
+
+    with ExitStack() as stack:
+        bars: list[Any] = []
+
+        def step(done: int, total: int) -> None:
+            if not bars:  # not before what was asked for has been checked
+                bars.append(stack.enter_context(progress_bar("Quantize files", total)))
+            bars[0].step()
+
+        made = quantize_checkpoint(
+            options.source,
+            options.target,
+            options.skip,
+            options.block_size,
+            not options.no_double_quant,
+            options.scale,
+            step,
+        )
+    if options.json:
+        sys.stdout.write(json.dumps(asdict(made)) + "\n")
+        return
+    sizes = f"{made.bytes_before / 1e6:,.1f} MB became {made.bytes_after / 1e6:,.1f} MB"
+    sys.stdout.write(f"{made.layers} layers quantized; {sizes} in {options.target}\n")
+
+
 def _add_error(commands: Any) -> None:
     error = commands.add_parser(
         "error",
@@ -109,11 +166,7 @@ def _add_error(commands: Any) -> None:
         help="a transformers folder, a folder of safetensors or .bin files, one such file, a .gguf "
         "file, or a packaged model: smollm2, minilm, albert, mgm",
     )
-    error.add_argument("--block-size", type=int, default=64, help="32 to 4096 (default: 64)")
-    error.add_argument("--no-double-quant", action="store_true", help="keep scales in fp32")
-    error.add_argument(
-        "--scale", default="absmax", help="absmax, mse or mse-positive (default: absmax)"
-    )
+    _add_options(error)
     error.add_argument(
         "--skip", nargs="*", default=["lm_head"], help="modules to leave out (default: lm_head)"
     )

@@ -1,0 +1,205 @@
+"""Folders quantized a weight at a time: the same bits as through the model, and resumable."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import nf4
+import nf4.stream
+from nf4.cli import main
+from nf4.integrations.transformers import NF4Config
+
+
+@pytest.fixture
+def source(tiny_llama, tmp_path):
+    """Save a Llama in several files, with a file beside them."""
+    path = tmp_path / "dense"
+    tiny_llama().save_pretrained(path, max_shard_size="60KB")
+    (path / "tokenizer.txt").write_text("words")
+    return path
+
+
+def assert_same_bits(source, target, kind, **options) -> None:
+    expected = kind.from_pretrained(source, quantization_config=NF4Config(**options)).state_dict()
+    found = kind.from_pretrained(target).state_dict()
+    assert set(found) == set(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def assert_same_files(folder, expected) -> None:
+    """Compare tensors, and other files byte for byte: safetensors order their metadata freely."""
+    assert {p.name for p in folder.iterdir()} == {p.name for p in expected.iterdir()}
+    for file in folder.iterdir():
+        other = expected / file.name
+        if file.suffix != ".safetensors":
+            assert file.read_bytes() == other.read_bytes()
+            continue
+        found, tensors = load_file(file), load_file(other)
+        assert set(found) == set(tensors)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"block_size": 32, "double_quant": False, "scale": "mse"}, {"skip_modules": ["mlp"]}],
+    ids=["default", "options", "skip"],
+)
+def test_the_bits_are_those_of_from_pretrained(options, source, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    seen = []
+    made = nf4.quantize_checkpoint(
+        source, tmp_path / "q", **options, progress=lambda *done: seen.append(done)
+    )
+    assert_same_bits(source, tmp_path / "q", AutoModelForCausalLM, **options)
+    files = list((tmp_path / "q").glob("*.safetensors"))
+    assert len(files) == len(list(source.glob("*.safetensors"))) == len(seen) > 1
+    assert made.layers == (9 if "skip_modules" in options else 14)  # lm_head is one of them
+    tensors = [t for file in files for t in load_file(file).values()]
+    assert made.bytes_after >= sum(t.nbytes for t in tensors)
+    assert made.bytes_after < made.bytes_before
+    assert (tmp_path / "q" / "tokenizer.txt").read_text() == "words"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "q"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "tied"])
+def test_other_architectures_open_with_the_same_bits(kind, tiny_llama, tmp_path) -> None:
+    import transformers as t
+
+    models = {
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(n_embd=96, n_layer=1, n_head=4, vocab_size=320)
+        ),
+        "bert": lambda: t.BertForMaskedLM(
+            t.BertConfig(
+                hidden_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                intermediate_size=128,
+                vocab_size=320,
+            )
+        ),
+        "tied": lambda: tiny_llama(tie_word_embeddings=True),
+    }
+    model = models[kind]()
+    model.save_pretrained(tmp_path / "dense")
+    nf4.quantize_checkpoint(tmp_path / "dense", tmp_path / "q")
+    assert not (tmp_path / "q" / "model.safetensors.index.json").exists()
+    assert_same_bits(tmp_path / "dense", tmp_path / "q", type(model))
+
+
+def test_experts_stay_dense_and_the_folder_opens(tmp_path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=320, num_local_experts=3,
+    )  # fmt: skip
+    dense = MixtralForCausalLM(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    assert nf4.quantize_checkpoint(tmp_path / "dense", tmp_path / "q").layers == 4
+    model = MixtralForCausalLM.from_pretrained(tmp_path / "q").eval()
+    experts = model.model.layers[0].mlp.experts
+    assert torch.equal(experts.down_proj, dense.model.layers[0].mlp.experts.down_proj)
+    nf4.quantize_model(dense, r"lm_head|.*experts|.*gate")
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, dense(tokens).logits)
+
+
+def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:
+    written = []
+    write = nf4.stream._write
+
+    def failing(file, *args) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        write(file, *args)
+
+    monkeypatch.setattr(nf4.stream, "_write", failing)
+    with pytest.raises(KeyboardInterrupt):
+        nf4.quantize_checkpoint(source, tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+    beside = tmp_path / ".q.part"
+    cut = beside / written[0]
+    cut.write_bytes(cut.read_bytes()[:-10])  # as if the machine had died
+    first, written[:] = list(written), []
+    monkeypatch.setattr(
+        nf4.stream, "_write", lambda file, *args: (written.append(file.name), write(file, *args))
+    )
+    nf4.quantize_checkpoint(source, tmp_path / "q")
+    everything = sorted(p.name for p in source.glob("*.safetensors"))
+    assert written == [name for name in everything if name != first[1]]
+    assert not beside.exists()
+    nf4.quantize_checkpoint(source, tmp_path / "again")
+    assert_same_files(tmp_path / "q", tmp_path / "again")
+
+
+def test_other_options_begin_anew(source, tmp_path, monkeypatch) -> None:
+    rename = os.rename
+    monkeypatch.setattr(nf4.stream.os, "rename", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        nf4.quantize_checkpoint(source, tmp_path / "q", block_size=32)
+    monkeypatch.setattr(nf4.stream.os, "rename", rename)
+    nf4.quantize_checkpoint(source, tmp_path / "q")
+    nf4.quantize_checkpoint(source, tmp_path / "again")
+    assert_same_files(tmp_path / "q", tmp_path / "again")
+
+
+def test_what_cannot_be_quantized_is_refused(source, tmp_path, tiny_llama) -> None:
+    q = tmp_path / "q"
+    with pytest.raises(FileNotFoundError, match="source_dir: expected a folder with config.json"):
+        nf4.quantize_checkpoint(tmp_path / "no", q)
+    with pytest.raises(FileExistsError, match="target_dir: expected a folder that does not exist"):
+        nf4.quantize_checkpoint(source, source)
+    with pytest.raises(ValueError, match="block_size: expected a power of two"):
+        nf4.quantize_checkpoint(source, q, block_size=48)
+    with pytest.raises(TypeError, match="double_quant: expected a bool, got int"):
+        nf4.quantize_checkpoint(source, q, double_quant=1)
+    with pytest.raises(ValueError, match="skip_modules: expected to leave a linear layer"):
+        nf4.quantize_checkpoint(source, q, skip_modules=".*")
+    assert not q.exists() and not (tmp_path / ".q.part").exists()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+    with pytest.raises(ValueError, match="expected a model that transformers can make"):
+        nf4.quantize_checkpoint(source, q)
+    (source / "config.json").write_text(json.dumps(config))
+    nf4.quantize_checkpoint(source, q)
+    with pytest.raises(ValueError, match="expected a dense model, its config has a quantization"):
+        nf4.quantize_checkpoint(q, tmp_path / "twice")
+    whole = tmp_path / "whole"
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    model.save_pretrained(whole)
+    with pytest.raises(ValueError, match=r"model.safetensors: model.layers.1.mlp.up_proj.weight"):
+        nf4.quantize_checkpoint(whole, tmp_path / "nan")
+    assert not (tmp_path / "nan").exists()
+    file = whole / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model.safetensors: expected a whole safetensors file"):
+        nf4.quantize_checkpoint(whole, tmp_path / "cut")
+    save_file({"a": torch.ones(2)}, whole / "model.safetensors")
+    with pytest.raises(ValueError, match="skip_modules: expected to leave a linear layer"):
+        nf4.quantize_checkpoint(whole, tmp_path / "none")
+
+
+def test_nf4_quantize_is_a_command(source, tmp_path, capsys) -> None:
+    q = tmp_path / "q"
+    assert main(["quantize", str(source), str(q), "--json", "--block-size", "128"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["layers"] == 14 and made["bytes_after"] < made["bytes_before"]
+    config = json.loads((q / "config.json").read_text())["quantization_config"]
+    assert (config["block_size"], config["double_quant"]) == (128, True)
+    other = tmp_path / "other"
+    options = ["--no-double-quant", "--scale", "mse", "--skip", "mlp", "lm_head"]
+    assert main(["quantize", str(source), str(other), *options]) == 0
+    assert "8 layers" in capsys.readouterr().out
+    config = json.loads((other / "config.json").read_text())["quantization_config"]
+    assert config["scale"] == "mse" and config["skip_modules"] == ["mlp", "lm_head"]
+    assert main(["quantize", str(source), str(q)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("nf4 quantize: target_dir: expected a folder that does not exist")
