@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from nf4.codebook import NF4_LEVELS
-from nf4.distributions import Normal
+from nf4.distributions import Normal, scales
 from nf4.functional import check_block_size
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -83,8 +83,6 @@ def _lloyd(name: str, block_size: int) -> tuple[float, ...]:
     Given the scale M = m, other values of the block have the density of N(0, 1) on (-m, m). An
     error in x / M costs 1 for af4 and M or M^2, as it does in x, for bof4.
     """
-    from nf4.theory import scales
-
     f = Normal()
     m, weight, *_ = scales(f, block_size, 0.2)
     weight = weight / (f.moment(0, m) - f.moment(0, -m))

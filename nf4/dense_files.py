@@ -85,7 +85,15 @@ def _by_class(
         return None
     from nf4.integrations._dense_layers import find
 
-    return find(config.parent, tensors, skip)
+    found = find(config.parent, [tensor.name for tensor in tensors], skip)
+    if found is None:
+        return None
+    held = {tensor.name: tensor for tensor in tensors if len(tensor.shape) in (2, 3)}
+    return [
+        _turned(held[one.tensor], one.layer) if one.turned else _named(held[one.tensor], one.layer)
+        for one in found
+        if one.tensor in held
+    ]
 
 
 def _files(path: Path) -> list[Path]:
@@ -165,6 +173,15 @@ def _is_linear(name: str) -> bool:
 
 def _named(weight: DenseWeight, name: str) -> DenseWeight:
     return DenseWeight(name, weight.shape, weight.read)
+
+
+def _turned(weight: DenseWeight, name: str) -> DenseWeight:
+    """Return the weight of a Conv1D, ``[in_features, out_features]``, as that of a linear layer."""
+    return DenseWeight(name, weight.shape[::-1], partial(_transposed, weight))
+
+
+def _transposed(weight: DenseWeight) -> Tensor:
+    return weight.read().T
 
 
 def _is_skipped(name: str, skip: str | tuple[str, ...]) -> bool:

@@ -1,8 +1,9 @@
-"""Symmetric distributions of variance 1, with the partial moments that nf4/theory.py needs."""
+"""Symmetric distributions of variance 1: partial moments, and the largest of a block."""
 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -155,3 +156,27 @@ def distribution_of(name: str | Distribution) -> Distribution:
             f"distribution: expected normal, laplace or student-t:NU with NU > 2, got {name!r}"
         )
     return StudentT(nu)
+
+
+@lru_cache(maxsize=64)
+def scales(f: Distribution, block_size: int, step: float = 0.05) -> tuple[Array, ...]:
+    """Return values m of the scale, their weights in an integral, and their density.
+
+    Args:
+        f: distribution of the values.
+        block_size: values that share one scale.
+        step: of the sum in z.
+
+    Returns:
+        m ascending, weights that add up to 1, the density of M at m, and z.
+    """
+    z = np.arange(-40.0, 40.0 + 60.0 * (f.heavy_tails), step)
+    log_g = -np.log1p(np.exp(-z))  # G = 1 / (1 + exp(-z))
+    tail = -np.expm1(log_g / block_size)  # P(|x| > m)
+    m = f.inverse_tail(tail / 2)
+    inside = np.exp(log_g / block_size)
+    # dG/dm = B P(|x| <= m)^(B - 1) 2 f(m), and dG/dz = G (1 - G)
+    density = block_size * np.exp(log_g * (block_size - 1) / block_size) * 2 * f.density(m)
+    weight = np.exp(log_g - np.log1p(np.exp(z))) * step
+    keep = (inside > 0) & (m > 0) & np.isfinite(m)
+    return m[keep], weight[keep] / weight[keep].sum(), density[keep], z[keep]

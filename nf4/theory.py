@@ -28,7 +28,7 @@ from scipy.integrate import simpson
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, absmax_map
 from nf4.codebooks import levels_of
-from nf4.distributions import Distribution, distribution_of
+from nf4.distributions import Distribution, distribution_of, scales
 from nf4.functional import check_block_size
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -115,30 +115,6 @@ def _expected(
     max_abs = _expected_max(f, block_size, book, float(of_max.max()), numel)
     rmse = math.sqrt(found[2])
     return ExpectedError(found[2], rmse, found[1], max_abs, rmse, -20 * math.log10(rmse))
-
-
-@lru_cache(maxsize=64)
-def scales(f: Distribution, block_size: int, step: float = 0.05) -> tuple[Array, ...]:
-    """Return values m of the scale, their weights in an integral, and their density.
-
-    Args:
-        f: distribution of the values.
-        block_size: values that share one scale.
-        step: of the sum in z.
-
-    Returns:
-        m ascending, weights that add up to 1, the density of M at m, and z.
-    """
-    z = np.arange(-40.0, 40.0 + 60.0 * (f.heavy_tails), step)
-    log_g = -np.log1p(np.exp(-z))  # G = 1 / (1 + exp(-z))
-    tail = -np.expm1(log_g / block_size)  # P(|x| > m)
-    m = f.inverse_tail(tail / 2)
-    inside = np.exp(log_g / block_size)
-    # dG/dm = B P(|x| <= m)^(B - 1) 2 f(m), and dG/dz = G (1 - G)
-    density = block_size * np.exp(log_g * (block_size - 1) / block_size) * 2 * f.density(m)
-    weight = np.exp(log_g - np.log1p(np.exp(z))) * step
-    keep = (inside > 0) & (m > 0) & np.isfinite(m)
-    return m[keep], weight[keep] / weight[keep].sum(), density[keep], z[keep]
 
 
 def cells(book: Array) -> Array:

@@ -2,50 +2,63 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from nf4.convert import dense_layers
-from nf4.dense_files import DenseWeight
 from nf4.experts import is_experts
 from nf4.integrations._stored import model_names
 from nf4.linear import is_conv1d
 
 
+@dataclass(frozen=True)
+class Found:
+    """A tensor that is a weight of a linear layer.
+
+    Attributes:
+        tensor: its name in the files.
+        layer: the name of the layer.
+        turned: whether it is held ``[in_features, out_features]``, as that of a Conv1D.
+    """
+
+    tensor: str
+    layer: str
+    turned: bool
+
+
 def find(
-    folder: Path, tensors: Iterable[DenseWeight], skip_modules: str | Iterable[str]
-) -> list[DenseWeight] | None:
-    """Return the weights that `nf4.quantize_model` would quantize, as it would.
+    folder: Path, tensors: Iterable[str], skip_modules: str | Iterable[str]
+) -> list[Found] | None:
+    """Return the weights that `nf4.quantize_model` would quantize.
 
     Args:
         folder: with a ``config.json``.
-        tensors: what its files hold, by whole names.
+        tensors: names in its files.
         skip_modules: see `nf4.quantize_model`.
 
     Returns:
-        The weights by the names of their layers; None if transformers does not know the class.
+        In the order of tensors; None if transformers does not know the class. Experts that have a
+        tensor each are layers each.
     """
     model = _on_meta(folder)
-    if model is None:
-        return None
+    return None if model is None else _find(model, tensors, skip_modules)
+
+
+def _find(model: Any, tensors: Iterable[str], skip_modules: str | Iterable[str]) -> list[Found]:
     layers = dense_layers(model, skip_modules)
     experts = tuple(f"{name}." for name, layer in layers.items() if is_experts(layer))
-    held = list(tensors)
-    names = model_names((t.name for t in held), model)
     found = []
-    for tensor in held:
-        module, _, last = names[tensor.name].rpartition(".")
+    for tensor, own in model_names(tensors, model).items():
+        module, _, last = own.rpartition(".")
         layer = layers.get(module)
         if last == "weight" and layer is not None and not is_experts(layer):
-            found.append(_turned(tensor, module) if is_conv1d(layer) else _named(tensor, module))
-        elif experts and names[tensor.name].startswith(experts) and len(tensor.shape) in (2, 3):
-            found.append(_named(tensor, names[tensor.name].removesuffix(".weight")))
+            found.append(Found(tensor, module, is_conv1d(layer)))
+        elif experts and own.startswith(experts):
+            found.append(Found(tensor, own.removesuffix(".weight"), False))
     return found
 
 
@@ -90,17 +103,13 @@ def make_plan(
     config = NF4Config(**options)
     if skip_modules is None:
         skip_modules = NF4Quantizer(config)._default_skip(model)
-    layers = {n: m for n, m in dense_layers(model, skip_modules).items() if not is_experts(m)}
+    experts = [name for name, module in model.named_modules() if is_experts(module)]
     if not isinstance(skip_modules, str):
-        experts = [name for name, module in model.named_modules() if is_experts(module)]
         skip_modules = [*skip_modules, *experts]
     config.skip_modules = skip_modules
-    names = model_names(tensors, model)
-    found = {}
-    for name, own in names.items():
-        module, _, last = own.rpartition(".")
-        if last == "weight" and module in layers:
-            found[name] = is_conv1d(layers[module])
+    inside = tuple(f"{name}." for name in experts)
+    layers = [f for f in _find(model, tensors, skip_modules) if not f.layer.startswith(inside)]
+    found = {f.tensor: f.turned for f in layers}
     if not found:
         raise ValueError(
             f"skip_modules: expected to leave a linear layer to quantize, {skip_modules} leaves "
@@ -119,16 +128,3 @@ def _on_meta(folder: Path) -> Any:
     except Exception:  # of another library, or with code of its own: layers are told by their names
         return None
     return model
-
-
-def _named(weight: DenseWeight, name: str) -> DenseWeight:
-    return DenseWeight(name, weight.shape, weight.read)
-
-
-def _turned(weight: DenseWeight, name: str) -> DenseWeight:
-    """Return the weight of a Conv1D, ``[in_features, out_features]``, as that of a linear layer."""
-    return DenseWeight(name, weight.shape[::-1], partial(_transposed, weight))
-
-
-def _transposed(weight: DenseWeight) -> Tensor:
-    return weight.read().T

@@ -7,10 +7,9 @@ import numpy as np
 
 from nf4.codebook import NF4_LEVELS
 from nf4.codebooks import CODEBOOKS
-from nf4.distributions import Normal
+from nf4.distributions import Normal, scales
 from nf4.figures import COLORS, figure
 from nf4.report.measure import ErrorReport, SchemeError
-from nf4.theory import scales
 
 Figure = Any
 # Colour and line of each codebook; the signed ones are dotted
