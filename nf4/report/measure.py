@@ -118,6 +118,12 @@ def measure(
     report = ErrorReport(str(source), scheme)
     histogram = torch.zeros(BINS, dtype=torch.float64)
     compared_to = compared() if compare else []
+    theories = []
+    if compare:
+        with steps(progress, "Compute codebooks", len(compared_to)) as step:
+            for other in compared_to:
+                theories.append(other.expected())
+                step()
     noise = [0.0] * len(compared_to)
     power = 0.0
     with progress("Measure layers", len(weights)) as bar:
@@ -136,8 +142,7 @@ def measure(
             bar.step(weight.name)
     _totals(report)
     report.histogram = (histogram / histogram.sum().clamp_min(1)).tolist()
-    for other, lost in zip(compared_to, noise, strict=True):
-        theory = other.expected()
+    for other, lost, theory in zip(compared_to, noise, theories, strict=True):
         report.schemes.append(
             SchemeError(
                 other,
