@@ -71,7 +71,7 @@ def collect_activation_stats(
     if not done:
         raise ValueError("batches: expected at least one, got none")
     found = {
-        name: (sums[id(layer)] / rows[id(layer)]).float()
+        name: (sums[id(layer)] / rows[id(layer)]).float().to(_device(layer))
         for name, layer in layers.items()
         if rows.get(id(layer))
     }
@@ -81,6 +81,12 @@ def collect_activation_stats(
         if not stats.isfinite().all():
             raise ValueError(f"{name}: expected finite input, got NaN or an infinity")
     return found
+
+
+def _device(layer: nn.Module) -> torch.device | None:
+    """Return where a layer's weight is; None if it is offloaded."""
+    weight: Any = layer.weight
+    return None if weight.is_meta else weight.device
 
 
 def _call(model: nn.Module, batch: Any) -> None:

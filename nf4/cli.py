@@ -118,7 +118,9 @@ def _add_quantize(commands: Any) -> None:
     quantize.add_argument("target", help="folder to make, must not exist")
     _add_options(quantize)
     quantize.add_argument(
-        "--skip", nargs="*", help="modules to leave dense (default: what transformers leaves alone)"
+        "--skip",
+        action="append",
+        help="a module to leave dense, may be repeated (default: what transformers leaves alone)",
     )
     quantize.add_argument("--json", action="store_true", help="print the result as JSON")
     quantize.set_defaults(run=_quantize)
@@ -168,7 +170,7 @@ def _add_error(commands: Any) -> None:
     )
     _add_options(error)
     error.add_argument(
-        "--skip", nargs="*", default=["lm_head"], help="modules to leave out (default: lm_head)"
+        "--skip", action="append", help="a module to leave out, may be repeated (default: lm_head)"
     )
     error.add_argument(
         "--perplexity",
@@ -207,7 +209,7 @@ def _error(options: argparse.Namespace) -> None:
     scheme = Scheme("nf4", options.block_size, not options.no_double_quant, options.scale)
     report = run_error(
         options.model,
-        options.skip,
+        ["lm_head"] if options.skip is None else options.skip,
         scheme,
         options.perplexity,
         options.tokens,

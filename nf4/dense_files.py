@@ -1,9 +1,11 @@
 """The dense weights in a model's files, read one at a time: never the whole model in memory."""
 
 import importlib.util
+import json
+import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +17,28 @@ from torch import Tensor
 
 from nf4.convert import check_skip_modules, is_below
 from nf4.samples import model_path
-from nf4.tensor import DTYPES
 
 # By their names, what is no linear layer though it is a matrix: embeddings and routers' biases
-_EMBEDDINGS = re.compile(r"embed|(^|[._])(wte|wpe|tok|token|position|pos_emb|shared)([._]|$)")
+_EMBEDDINGS = re.compile(
+    r"embed|(^|[._])(wte|wpe|tok|token|position|pos_emb)([._]|$)|(^|\.)shared\.weight$"
+)
 _OUTPUT_OF_GGUF = "output"
 _SUFFIX = ".weight"
+# Kinds of files, and how one of the whole model is called
+_KINDS = {
+    "safetensors": "model.safetensors",
+    "bin": "pytorch_model.bin",
+    "gguf": "model.gguf",
+}
+_UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    IndexError,
+    KeyError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -62,10 +80,11 @@ def dense_weights_in(
     """
     skip = check_skip_modules(skip_modules)
     path = model_path(source)
-    tensors = [t for file in _files(path) for t in _tensors(file)]
-    found = _by_class(path, tensors, skip)
+    files = weight_files(path)
+    tensors = [t for file in files for t in _tensors(file)]
+    found = None if files[0].suffix == ".gguf" else _by_class(path, tensors, skip)
     if found is None:
-        matrices = (t for t in tensors if len(t.shape) in (2, 3) and all(t.shape))
+        matrices = (t for t in tensors if _is_matrix(t) and all(t.shape))
         found = [t for t in matrices if _is_linear(t.name)]
         found = [_named(t, t.name.removesuffix(_SUFFIX)) for t in found]
         found = [t for t in found if not _is_skipped(t.name, skip)]
@@ -79,7 +98,7 @@ def _by_class(
 ) -> list[DenseWeight] | None:
     """Return the layers that the class of a transformers folder has; None if it has none."""
     config = (path if path.is_dir() else path.parent) / "config.json"
-    if path.suffix == ".gguf" or not config.is_file():
+    if not config.is_file():
         return None
     if importlib.util.find_spec("transformers") is None:
         return None
@@ -96,12 +115,34 @@ def _by_class(
     ]
 
 
-def _files(path: Path) -> list[Path]:
-    """Return the files of a model's weights."""
+def weight_files(path: Path, kinds: Iterable[str] = _KINDS) -> list[Path]:
+    """Return the files of a model's weights: by its usual name, by its index, or all of a kind.
+
+    Args:
+        path: a folder, or the one file.
+        kinds: of `_KINDS`, the first of which there are files.
+
+    Raises:
+        FileNotFoundError: there are none, or not all that the index names.
+        ValueError: there are several GGUF files that are not parts of one.
+    """
     if path.is_file():
         return [path]
-    for pattern in ("*.safetensors", "pytorch_model*.bin", "*.gguf"):
-        files = sorted(path.glob(pattern))
+    for kind in kinds:
+        whole = path / _KINDS[kind]
+        index = path / f"{_KINDS[kind]}.index.json"
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [path / name for name in sorted(names)]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise FileNotFoundError(f"{index}: expected {missing[0]} beside it, found none")
+            return files
+        files = sorted(path.glob(f"*.{kind}"))
+        if kind == "gguf" and len(files) > 1 and not all("-of-" in file.name for file in files):
+            raise ValueError(f"{path}: expected one .gguf file, got {len(files)}; name the file")
         if files:
             return files
     raise FileNotFoundError(
@@ -117,7 +158,7 @@ def _tensors(file: Path) -> Iterator[DenseWeight]:
         raise ValueError(f"model: expected a .safetensors, .bin or .gguf file, got {file.name!r}")
     try:
         yield from kind(file)
-    except (SafetensorError, EOFError, RuntimeError, IndexError, KeyError, ValueError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{file}: expected a whole {file.suffix} file, got: {reason}") from error
 
@@ -126,7 +167,7 @@ def _safetensors(file: Path) -> Iterator[DenseWeight]:
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118
             view = opened.get_slice(name)
-            if view.get_dtype() in ("F32", "F16", "BF16"):
+            if view.get_dtype().startswith(("F", "BF")):
                 yield DenseWeight(name, tuple(view.get_shape()), partial(_from_file, file, name))
 
 
@@ -140,8 +181,12 @@ def _pickled(file: Path) -> Iterator[DenseWeight]:
     # Files of before 2020 are no archives, and cannot be mapped: they are read whole
     mapped = zipfile.is_zipfile(file)
     held = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    if isinstance(held, Mapping) and isinstance(held.get("state_dict"), Mapping):
+        held = held["state_dict"]
+    if not isinstance(held, Mapping):
+        raise ValueError(f"expected tensors by name, got {type(held).__name__}")
     for name, tensor in held.items():
-        if isinstance(tensor, Tensor) and tensor.dtype in DTYPES:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
             yield DenseWeight(name, tuple(tensor.shape), partial(_itself, tensor))
 
 
@@ -162,7 +207,15 @@ def _gguf(file: Path) -> Iterator[DenseWeight]:
 def _from_gguf(tensor: Any) -> Tensor:
     from gguf.quants import dequantize
 
-    return torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+    try:
+        return torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+    except NotImplementedError as error:
+        raise ValueError(f"{tensor.name}: gguf cannot dequantize it: {error}") from error
+
+
+def _is_matrix(weight: DenseWeight) -> bool:
+    """Return whether a weight is a matrix, or those of experts; not the kernel of a convolution."""
+    return len(weight.shape) == 2 or (len(weight.shape) == 3 and "exp" in weight.name)
 
 
 def _is_linear(name: str) -> bool:

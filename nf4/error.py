@@ -225,12 +225,13 @@ def layer_error(
         scale: how scales are found.
 
     Raises:
-        ValueError: w holds NaN or an infinity; the message names the layer.
+        TypeError: w is of an unsupported dtype; the message names the layer.
+        ValueError: w holds NaN or an infinity; the same.
     """
     try:
         q = quantize(w, block_size, double_quant, scale=scale, check=True)
-    except ValueError as wrong:
-        raise ValueError(f"{weight.name}: {wrong}") from wrong
+    except (TypeError, ValueError) as wrong:
+        raise type(wrong)(f"{weight.name}: {wrong}") from wrong
     kind, error = weight.name.rpartition(".")[2], quantization_error(w, q)
     return LayerError(weight.name, kind, weight.shape, q.bits_per_weight, error)
 

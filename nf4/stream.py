@@ -1,8 +1,10 @@
 """Quantize a checkpoint from folder to folder, a weight at a time: the model is never in memory."""
 
+import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nf4.convert import check_callback, check_skip_modules
+from nf4.dense_files import weight_files
 from nf4.files import check_new
 from nf4.functional import check_block_size, check_scale, quantize
 from nf4.tensor import PARTS
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pt", ".pth", ".onnx", ".ckpt")
+_ENDS = 1 << 22  # bytes at either end of a file, its header among them
 _MADE_AS = "nf4"  # of a file's metadata: what it was made of, and how
 
 
@@ -55,7 +59,7 @@ def quantize_checkpoint(
     is written for each file of the source; memory holds one weight, and what one file becomes.
     Until all is done the files lie in a hidden folder beside the target: call it again after an
     interruption, and it goes on after the last whole file. Experts of a mixture stay dense, and so
-    do embeddings. Tokenizers and other small files are copied.
+    do embeddings. Tokenizers and other files beside the weights are copied, folders are not.
 
     Args:
         source_dir: folder with ``config.json`` and safetensors.
@@ -84,19 +88,23 @@ def quantize_checkpoint(
     source, target = Path(source_dir), check_new(target_dir, "target_dir")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"source_dir: expected a folder with config.json, got {source}")
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"source_dir: expected safetensors, found none in {source}")
-    from nf4.integrations._dense_layers import make_plan
+    try:
+        files = weight_files(source, ("safetensors",))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"source_dir: {error}") from error
+    make_plan = _planner()
 
     options = {"block_size": block_size, "double_quant": double_quant, "scale": scale}
     plan = make_plan(source, skip, options, [name for file in files for name in _names(file)])
     beside = target.parent / f".{target.name}.part"
     beside.mkdir(parents=True, exist_ok=True)
+    for left in beside.iterdir():  # of another run
+        if left.name not in {file.name for file in files}:
+            left.unlink()
     sizes = []
     weight_map: dict[str, str] = {}
     for done, file in enumerate(files, start=1):
-        made_as = json.dumps([plan.config, file.stat().st_size, file.stat().st_mtime_ns])
+        made_as = _fingerprint(file, plan)
         if not _is_made(beside / file.name, made_as):
             _write(file, beside / file.name, plan, options, made_as)
         sizes.append((_tensor_bytes(file), _tensor_bytes(beside / file.name)))
@@ -104,9 +112,31 @@ def quantize_checkpoint(
         if progress is not None:
             progress(done, len(files))
     before, after = (sum(column) for column in zip(*sizes, strict=True))
-    _write_rest(source, beside, plan.config, weight_map, after if len(files) > 1 else None)
+    single = [file.name for file in files] == ["model.safetensors"]
+    _write_rest(source, beside, plan.config, weight_map, None if single else after)
     os.rename(beside, target)
     return QuantizedCheckpoint(len(plan.layers), before, after)
+
+
+def _planner() -> "Callable[..., Plan]":
+    try:
+        from nf4.integrations._dense_layers import make_plan
+    except ImportError as error:
+        raise ImportError(
+            f"expected transformers to know the model's layers, {error}: pip install 'nf4[hf]'"
+        ) from error
+    return make_plan
+
+
+def _fingerprint(file: Path, plan: "Plan") -> str:
+    """Return what tells a file and its plan from others: names, sizes, the ends of its bytes."""
+    size, found = file.stat().st_size, hashlib.sha256()
+    with file.open("rb") as opened:
+        found.update(opened.read(_ENDS))
+        opened.seek(max(size - _ENDS, 0))
+        found.update(opened.read(_ENDS))
+    held = [str(file.resolve()), size, file.stat().st_mtime_ns, found.hexdigest()]
+    return json.dumps([plan.config, sorted(plan.layers.items()), *held])
 
 
 def _names(file: Path) -> list[str]:
@@ -150,8 +180,10 @@ def _write(file: Path, out: Path, plan: "Plan", options: dict[str, Any], made_as
             for part, found in zip(PARTS, q.parts(), strict=True):
                 if found is not None:
                     tensors[module + part] = found
-    beside = out.with_suffix(".writing")
+    handle, beside = tempfile.mkstemp(prefix=".writing-", dir=out.parent)
+    os.close(handle)
     save_file(tensors, beside, metadata={"format": "pt", _MADE_AS: made_as})
+    os.chmod(beside, file.stat().st_mode & 0o777)
     os.replace(beside, out)
 
 

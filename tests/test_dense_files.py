@@ -159,3 +159,67 @@ def test_what_cannot_be_read_is_refused(tmp_path, block) -> None:
     save_file(wrong, tmp_path / "nan.safetensors")
     with pytest.raises(ValueError, match=r"up: w: expected finite values, got .* \(2, 3\)"):
         nf4.model_error(tmp_path / "nan.safetensors")
+
+
+def test_only_the_files_of_the_model_are_read(tiny_llama, tmp_path) -> None:
+    """A second copy beside them, under other names, is not counted again."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    save_file({"wq.weight": torch.ones(8, 64)}, tmp_path / "model" / "consolidated.safetensors")
+    assert_same_rows(nf4.model_error(tmp_path / "model"), nf4.model_error(model))
+    (tmp_path / "model" / "config.json").unlink()
+    assert_same_rows(nf4.model_error(tmp_path / "model"), nf4.model_error(model))
+    next((tmp_path / "model").glob("model-00002*")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"index.json: expected model-00002.* beside it"):
+        nf4.model_error(tmp_path / "model")
+
+
+def test_names_tell_linear_layers_from_others(tmp_path) -> None:
+    shapes = {
+        "mlp.shared_expert.gate_proj.weight": (8, 64),
+        "mlp.experts.gate_up_proj": (2, 8, 64),
+        "conv1.weight": (8, 8, 3),
+        "shared.weight": (8, 64),
+        "wte.weight": (8, 64),
+        "norm.weight": (64,),
+    }
+    save_file({n: torch.randn(s) for n, s in shapes.items()}, tmp_path / "a.safetensors")
+    found = {w.name for w in dense_weights_in(tmp_path / "a.safetensors")}
+    assert found == {"mlp.shared_expert.gate_proj", "mlp.experts.gate_up_proj"}
+
+
+def test_a_folder_does_not_run_its_own_code(tiny_llama, tmp_path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}
+    path.write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text("raise SystemExit('the code was run')")
+    assert_same_rows(nf4.model_error(tmp_path / "model"), nf4.model_error(model))
+
+
+def test_gguf_beside_a_config_is_told_by_its_names(tmp_path) -> None:
+    from nf4.samples import model_path
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "one.gguf").symlink_to(model_path("smollm2"))
+    assert len(dense_weights_in(tmp_path)) == 210
+    (tmp_path / "two.gguf").symlink_to(model_path("smollm2"))
+    with pytest.raises(ValueError, match="expected one .gguf file, got 2"):
+        dense_weights_in(tmp_path)
+
+
+def test_what_no_loader_can_read_is_one_error(tmp_path) -> None:
+    pointer = tmp_path / "pytorch_model.bin"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(ValueError, match="pytorch_model.bin: expected a whole .bin file"):
+        nf4.model_error(pointer)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="expected tensors by name, got list"):
+        nf4.model_error(tmp_path / "list.pt")
+    torch.save({"state_dict": {"a.weight": torch.ones(8, 64)}}, tmp_path / "wrapped.pt")
+    assert [row.name for row in nf4.model_error(tmp_path / "wrapped.pt")] == ["a"]
+    save_file({"a.weight": torch.ones(8, 64).double()}, tmp_path / "wide.safetensors")
+    with pytest.raises(TypeError, match="a: w: expected dtype float32.*got torch.float64"):
+        nf4.model_error(tmp_path / "wide.safetensors")

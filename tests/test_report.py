@@ -209,7 +209,7 @@ def test_without_a_folder_only_the_layers_are_measured(folder, capsys) -> None:
     assert report["scheme"] == {
         "codebook": "nf4", "block_size": 32, "double_quant": False, "scale": "absmax"
     }  # fmt: skip
-    assert main(["error", str(folder), "--csv", "--skip", "mlp", "lm_head"]) == 0
+    assert main(["error", str(folder), "--csv", "--skip", "mlp", "--skip", "lm_head"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 8 and not any("mlp" in row["layer"] for row in rows)
     assert main(["error", str(folder)]) == 0
@@ -225,6 +225,26 @@ def test_a_report_without_signal_is_valid_json(tmp_path) -> None:
     report = measure(tmp_path / "zeros.safetensors", (), Scheme(), progress_bar, compare=False)
     text = json.dumps(as_json(report), allow_nan=False)
     assert json.loads(text)["sqnr_db"] is None
+
+
+def test_a_model_of_few_positions_is_refused_before_it_is_measured(
+    folder, tmp_path, monkeypatch
+) -> None:
+    model, tokenizer = stand_in(folder)
+    model.config.max_position_embeddings = 256
+    monkeypatch.setattr("nf4.report.run.load_model", lambda source: (model, tokenizer))
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 3000)
+    with pytest.raises(ValueError, match="model: expected one of at least 512 positions.* got 256"):
+        run_error(folder, (), Scheme(), str(text), 512, None, progress_bar)
+
+
+def test_rows_without_a_number_are_sorted_last() -> None:
+    from nf4.report.page import _cell
+
+    assert _cell("inf", float("inf")) == '<td data-value="Infinity">inf</td>'
+    assert _cell("nan", float("nan")) == '<td data-value="nan">nan</td>'
+    assert _cell("<a>", "<a>") == "<td>&lt;a&gt;</td>"
 
 
 def test_wrong_arguments_are_named_before_anything_is_measured(folder, tmp_path, capsys) -> None:

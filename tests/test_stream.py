@@ -150,6 +150,47 @@ def test_other_options_begin_anew(source, tmp_path, monkeypatch) -> None:
     assert_same_files(tmp_path / "q", tmp_path / "again")
 
 
+def test_what_another_run_left_is_neither_taken_nor_kept(source, tiny_llama, tmp_path) -> None:
+    """Files of one size and age of two models, and of more shards, in one hidden folder."""
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    other = tmp_path / "other"
+    model = tiny_llama()
+    for p in model.parameters():
+        p.data.neg_()
+    model.save_pretrained(other, max_shard_size="60KB")
+    single = tmp_path / "single"
+    tiny_llama().save_pretrained(single)
+    for folder in (source, other, single):
+        for file in folder.glob("*.safetensors"):
+            os.utime(file, (1, 1))
+    for name, folder in (("a", other), ("b", single)):
+        with pytest.raises(KeyboardInterrupt):
+            nf4.quantize_checkpoint(source, tmp_path / name, progress=stop)
+        nf4.quantize_checkpoint(folder, tmp_path / name)
+        nf4.quantize_checkpoint(folder, tmp_path / f"{name}_alone")
+        assert_same_files(tmp_path / name, tmp_path / f"{name}_alone")
+
+
+def test_a_single_shard_keeps_its_index(tiny_llama, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dense = tmp_path / "dense"
+    tiny_llama().save_pretrained(dense)
+    name = "model-00001-of-00001.safetensors"
+    (dense / "model.safetensors").rename(dense / name)
+    weight_map = dict.fromkeys(load_file(dense / name), name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"wq.weight": torch.ones(8, 64)}, dense / "consolidated.safetensors")
+    nf4.quantize_checkpoint(dense, tmp_path / "q")
+    assert not (tmp_path / "q" / "consolidated.safetensors").exists()
+    assert_same_bits(dense, tmp_path / "q", AutoModelForCausalLM)
+
+
 def test_what_cannot_be_quantized_is_refused(source, tmp_path, tiny_llama) -> None:
     q = tmp_path / "q"
     with pytest.raises(FileNotFoundError, match="source_dir: expected a folder with config.json"):
@@ -195,7 +236,7 @@ def test_nf4_quantize_is_a_command(source, tmp_path, capsys) -> None:
     config = json.loads((q / "config.json").read_text())["quantization_config"]
     assert (config["block_size"], config["double_quant"]) == (128, True)
     other = tmp_path / "other"
-    options = ["--no-double-quant", "--scale", "mse", "--skip", "mlp", "lm_head"]
+    options = ["--no-double-quant", "--scale", "mse", "--skip", "mlp", "--skip", "lm_head"]
     assert main(["quantize", str(source), str(other), *options]) == 0
     assert "8 layers" in capsys.readouterr().out
     config = json.loads((other / "config.json").read_text())["quantization_config"]

@@ -44,8 +44,11 @@ def find(
         In the order of tensors; None if transformers does not know the class. Experts that have a
         tensor each are layers each.
     """
-    model = _on_meta(folder)
-    return None if model is None else _find(model, tensors, skip_modules)
+    try:
+        model = _on_meta(folder)
+    except ValueError:  # of another library, or with code of its own
+        return None
+    return _find(model, tensors, skip_modules)
 
 
 def _find(model: Any, tensors: Iterable[str], skip_modules: str | Iterable[str]) -> list[Found]:
@@ -96,8 +99,6 @@ def make_plan(
     from nf4.integrations.transformers import NF4Config, NF4Quantizer
 
     model = _on_meta(folder)
-    if model is None:
-        raise ValueError(f"{folder}: expected a model that transformers can make, got another")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{folder}: expected a dense model, its config has a quantization_config")
     config = NF4Config(**options)
@@ -119,12 +120,20 @@ def make_plan(
 
 
 def _on_meta(folder: Path) -> Any:
-    """Return the model of a folder without its weights."""
+    """Return the model of a folder without its weights; code in the folder is not run.
+
+    Raises:
+        ValueError: transformers cannot make it; the message says why.
+    """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             kind = getattr(transformers, (config.architectures or [""])[0], None)
-            model = AutoModel.from_config(config) if kind is None else kind(config)
-    except Exception:  # of another library, or with code of its own: layers are told by their names
-        return None
-    return model
+            if kind is None:
+                return AutoModel.from_config(config, trust_remote_code=False)
+            return kind(config)
+    except Exception as error:  # transformers raises many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder}: expected a model that transformers can make, got: {reason}"
+        ) from error

@@ -181,12 +181,12 @@ def _sample(w: Tensor) -> Tensor:
 
 
 def _histogram(w: Tensor, block_size: int) -> Tensor:
-    """Count x / absmax in `BINS` bins; the largest of each block itself is left out."""
+    """Count x / absmax in `BINS` bins; the largest of each block is in the first or the last."""
     blocks = as_blocks(w.detach().float(), block_size)
     largest = blocks.abs().amax(dim=1, keepdim=True)
     scaled = torch.where(largest > 0, blocks / largest, 0.0)
     bins = ((scaled + 1) * (BINS / 2)).int().clamp_(0, BINS - 1)
-    return torch.bincount(bins.view(-1), minlength=BINS).double()
+    return torch.bincount(bins.view(-1)[: w.numel()], minlength=BINS).double()
 
 
 def perplexities(

@@ -58,7 +58,8 @@ function sort(column) {
   head.setAttribute("aria-sort", falling ? "descending" : "ascending");
   const key = row => {
     const cell = row.cells[column], value = parseFloat(cell.dataset.value);
-    return Number.isNaN(value) ? cell.textContent : value;
+    if (column === 0) return cell.textContent;
+    return Number.isNaN(value) ? -Infinity : value;
   };
   [...body.rows].sort((a, b) => {
     const [x, y] = [key(a), key(b)], order = x < y ? -1 : x > y ? 1 : 0;
@@ -188,5 +189,5 @@ def _in_table(kind: str, head: str, body: str) -> str:
 
 
 def _cell(text: str, value: float | str) -> str:
-    data = "" if isinstance(value, str) else f' data-value="{value!r}"'
+    data = "" if isinstance(value, str) else f' data-value="{value!r}"'.replace("inf", "Infinity")
     return f"<td{data}>{html.escape(text)}</td>"

@@ -90,6 +90,13 @@ def _load(source: str | Path, text: str, count: int) -> tuple[Any, Tensor, Tenso
         found = wikipedia_windows(tokenizer, count + CALIBRATION_WINDOWS)
     else:
         found = text_windows(tokenizer, text, count + CALIBRATION_WINDOWS)
+    if not len(found):
+        raise ValueError(f"perplexity: expected at least {WINDOW} tokens of {text}, got fewer")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions < WINDOW:
+        raise ValueError(
+            f"model: expected one of at least {WINDOW} positions to score, got {positions}"
+        )
     rest = found[count:]
     return model, found[:count], rest if len(rest) else None
 
