@@ -18,7 +18,7 @@ from torch import Tensor
 from nf4.convert import check_skip_modules, is_below
 from nf4.samples import model_path
 
-# By their names, what is no linear layer though it is a matrix: embeddings and routers' biases
+# By their names, what is no linear layer though it is a matrix: embeddings
 _EMBEDDINGS = re.compile(
     r"embed|(^|[._])(wte|wpe|tok|token|position|pos_emb)([._]|$)|(^|\.)shared\.weight$"
 )

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nf4.activations import collect_activation_stats
 from nf4.codebook import BLOCK_SIZES
-from nf4.convert import check_skip_modules
+from nf4.convert import dense_layers, dense_weights
 from nf4.dense_files import dense_weights_in
-from nf4.error import LayerError, layer_error
+from nf4.error import LayerError, layer_error, perplexity
 from nf4.functional import check_block_size, check_scale
 from nf4.progress import Progress, steps
 from nf4.reference._blocks import as_blocks
@@ -88,6 +89,11 @@ class ErrorReport:
         """Signal to quantization noise ratio over all layers, in dB."""
         return -20 * math.log10(self.relative) if self.relative else math.inf
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight over all layers, scales included."""
+        return 8 * self.bytes_after / max(self.parameters, 1)
+
     def worst(self) -> list[LayerError]:
         """Return the ten layers of largest relative error, the worst first."""
         return sorted(self.layers, key=lambda row: -row.error.relative)[:WORST]
@@ -114,7 +120,7 @@ def measure(
     """
     check_block_size(scheme.block_size)
     check_scale(scheme.scale)
-    weights = dense_weights_in(source, check_skip_modules(skip_modules))
+    weights = dense_weights_in(source, skip_modules)
     report = ErrorReport(str(source), scheme)
     histogram = torch.zeros(BINS, dtype=torch.float64)
     compared_to = compared() if compare else []
@@ -210,10 +216,6 @@ def perplexities(
         skip_modules: names of modules that stay as they are.
         progress: makes progress bars.
     """
-    from nf4.activations import collect_activation_stats
-    from nf4.convert import dense_layers, dense_weights
-    from nf4.error import perplexity
-
     held = {
         name if part == "weight" else f"{name}.{part}": weight.detach()
         for name, layer in dense_layers(model, skip_modules).items()
@@ -225,6 +227,13 @@ def perplexities(
             batches = (window[None] for window in calibration)
             stats = collect_activation_stats(model, batches, skip_modules, lambda _: step())
 
+    originals = {name: weight.clone() for name, weight in held.items()}
+
+    def put(of: Callable[[str, Tensor], Tensor]) -> None:
+        """Let the model have what becomes of each original weight, by its name."""
+        for name, weight in held.items():
+            weight.copy_(of(name, originals[name]))
+
     def score(label: str, bits: float) -> None:
         with steps(progress, f"Perplexity, {label}", len(windows)) as step:
             found = perplexity(model, windows, lambda *_: step())
@@ -232,26 +241,16 @@ def perplexities(
 
     report.tokens = windows.numel()
     score("fp32", 32.0)
-    originals = {name: weight.clone() for name, weight in held.items()}
     try:
         for scheme in schemes:
-            _round_all(held, originals, scheme.round)
+            put(lambda _, w, scheme=scheme: scheme.round(w))  # type: ignore[misc]
             score(scheme.label, scheme.bits_per_weight)
         if stats:
             weighted = Scheme(double_quant=True, scale="mse")
-            for name, weight in held.items():
-                weight.copy_(weighted.round(originals[name], stats.get(name)))
+            put(lambda name, w: weighted.round(w, stats.get(name)))
             score(f"{weighted.label}, weighted by activations", weighted.bits_per_weight)
     finally:
-        for name, weight in held.items():
-            weight.copy_(originals[name])
-
-
-def _round_all(
-    held: dict[str, Tensor], originals: dict[str, Tensor], round_one: Callable[[Tensor], Tensor]
-) -> None:
-    for name, weight in held.items():
-        weight.copy_(round_one(originals[name]))
+        put(lambda _, w: w)
 
 
 def as_json(report: ErrorReport) -> dict[str, Any]:

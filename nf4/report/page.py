@@ -107,13 +107,12 @@ def page(report: ErrorReport, pictures: Mapping[str, Any]) -> str:
 
 
 def _tiles(report: ErrorReport) -> str:
-    bits = 8 * report.bytes_after / max(report.parameters, 1)
     ratio = report.relative / report.expected if report.expected else math.nan
     shown = [
         (f"{len(report.layers)}", "linear layers"),
         (f"{report.parameters / 1e6:,.1f} M", "weights in them"),
         (f"{report.bytes_after / 1e6:,.1f} MB", f"of {report.bytes_before / 1e6:,.1f} in 16 bits"),
-        (f"{bits:.3f}", "bits per weight"),
+        (f"{report.bits_per_weight:.3f}", "bits per weight"),
         (f"{report.relative:.4f}", f"relative error; normal weights {report.expected:.4f}"),
         (f"{ratio:.3f}", "measured over expected error"),
         (f"{report.sqnr_db:.2f} dB", "signal to quantization noise"),

@@ -29,8 +29,7 @@ def error_by_depth(report: ErrorReport) -> Figure:
     kinds = list(dict.fromkeys(row.kind for row in report.layers))
     for i, kind in enumerate(kinds):
         points = [row.error.relative for row in report.layers if row.kind == kind]
-        style = {"marker": "o^sD"[i // len(COLORS) % 4], "color": COLORS[i % len(COLORS)]}
-        ax.plot(range(len(points)), points, **style, markersize=3, linewidth=1, label=kind)
+        ax.plot(range(len(points)), points, **_look(i), markersize=3, linewidth=1, label=kind)
     ax.axhline(report.expected, color="black", linestyle="--", linewidth=1)
     ax.annotate(
         f"normal weights {report.expected:.4f}",
@@ -46,6 +45,11 @@ def error_by_depth(report: ErrorReport) -> Figure:
     if len(kinds) <= 16:
         ax.legend(frameon=False, ncols=1 + (len(kinds) > 4), fontsize="small")
     return made
+
+
+def _look(i: int) -> dict[str, str]:
+    """Return the colour and the marker of the i-th kind of layer."""
+    return {"color": COLORS[i % len(COLORS)], "marker": "o^sD"[i // len(COLORS) % 4]}
 
 
 def weights_over_codebook(report: ErrorReport) -> Figure:
@@ -86,8 +90,7 @@ def theory_and_measurement(report: ErrorReport) -> Figure:
             [r.error.kurtosis for r in rows],
             [r.error.relative / r.error.expected.relative for r in rows],
             s=14,
-            color=COLORS[i % len(COLORS)],
-            marker="o^sD"[i // len(COLORS) % 4],
+            **_look(i),
             label=kind,
         )
     left.axhline(1, color="black", linestyle="--", linewidth=1)

@@ -55,11 +55,10 @@ def print_report(report: ErrorReport, console: Console) -> None:
     console.print(_layers(f"{escape(report.model)}: {report.scheme.label}", report.layers))
     console.print(_layers(f"The {len(report.worst())} worst layers", report.worst()))
     totals = _table("All layers", "", "")
-    bits = 8 * report.bytes_after / max(report.parameters, 1)
     for name, value in (
         ("layers", f"{len(report.layers)}"),
         ("weights", f"{report.parameters:,}"),
-        ("bits per weight", f"{bits:.3f}"),
+        ("bits per weight", f"{report.bits_per_weight:.3f}"),
         ("bytes", f"{report.bytes_after:,}"),
         ("relative error", f"{report.relative:.5f}"),
         ("expected of normal weights", f"{report.expected:.5f}"),
@@ -118,16 +117,15 @@ def as_csv(report: ErrorReport) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for i, row in enumerate(report.layers):
-        measured = asdict(row.error)
-        expected = {f"expected_{k}": v for k, v in asdict(row.error.expected).items()}
-        kept = ("mse", "rmse", "mae", "max_abs", "relative", "sqnr_db")
+        expected = row.error.expected
+        metrics = ("mse", "rmse", "mae", "max_abs", "relative", "sqnr_db")
         fields = {
             "layer": row.name,
             "kind": row.kind,
             "shape": "x".join(map(str, row.shape)),
             "bits_per_weight": row.bits_per_weight,
-            **measured,
-            **{f"expected_{name}": expected[f"expected_{name}"] for name in kept},
+            **asdict(row.error),
+            **{f"expected_{name}": getattr(expected, name) for name in metrics},
         }
         if i == 0:
             writer.writerow(fields)
@@ -141,16 +139,8 @@ def codebook_table(rows: Sequence[CodebookError]) -> Table:
     table = _table(
         "Mean squared error on N(0, 1): by theory, and measured", "", "", *map(str, sizes)
     )
-    kinds = dict.fromkeys(
-        (row.scheme.codebook, row.scheme.scale, row.scheme.double_quant) for row in rows
-    )
-    for kind in kinds:
-        own = {
-            row.scheme.block_size: row
-            for row in rows
-            if (row.scheme.codebook, row.scheme.scale, row.scheme.double_quant) == kind
-        }
-        name = next(iter(own.values())).scheme.kind
+    for name in dict.fromkeys(row.scheme.kind for row in rows):
+        own = {row.scheme.block_size: row for row in rows if row.scheme.kind == name}
         theory = [own[b].expected if b in own else None for b in sizes]
         if any(value is not None for value in theory):
             table.add_row(name, "theory", *("" if v is None else f"{v:.5f}" for v in theory))
