@@ -1,4 +1,4 @@
-"""Map the top-level folder kernels/ to the package nf4.kernels; all else is in pyproject.toml."""
+"""Map kernels/ to the package nf4.kernels and bench/ to nf4.bench; all else is in pyproject.toml."""
 
 from setuptools import setup
 
@@ -9,8 +9,10 @@ setup(
         "nf4.cpu",
         "nf4.gpu",
         "nf4.demo",
+        "nf4.report",
         "nf4.integrations",
         "nf4.kernels",
+        "nf4.bench",
     ],
-    package_dir={"nf4": "nf4", "nf4.kernels": "kernels"},
+    package_dir={"nf4": "nf4", "nf4.kernels": "kernels", "nf4.bench": "bench"},
 )
