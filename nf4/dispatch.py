@@ -10,6 +10,13 @@ import torch
 from nf4.operators import implementation
 from nf4.tensor import NF4Tensor, check_nf4
 
+# What nf4.cpu.linear.path returns, in words
+_ON_A_CPU = {
+    "few rows": "few rows are multiplied without writing W",
+    "bf16": "slabs of W are dequantized and multiplied by the CPU's instructions for bf16",
+    "slabs": "slabs of W are dequantized and multiplied",
+}
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -67,9 +74,8 @@ def explain(shape: Sequence[int], q: NF4Tensor, dtype: torch.dtype | None = None
         return Explanation(chosen.kernel, chosen.reason, chosen.seconds)
     missing = {"cpu": "numba", "cuda": "triton"}.get(kind)
     if package == "nf4.cpu":
-        how = "slabs of W are dequantized and multiplied"
-        if importlib.import_module("nf4.cpu.linear").takes_few_rows(m, k, dtype, q.block_size):
-            how = "few rows are multiplied without writing W"
+        path = importlib.import_module("nf4.cpu.linear").path(m, k, dtype, q.block_size)
+        how = _ON_A_CPU[path]
         reason = f"on a CPU with numba: {how}"
     elif missing is not None:
         reason = f"{missing} is not installed: the reference, in plain PyTorch"

@@ -1,6 +1,7 @@
 """The operators compiled for a CPU: the reference's results, however the work is cut."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -13,11 +14,13 @@ import nf4
 from nf4 import operators, reference
 from nf4.codebook import BLOCK_SIZES
 from nf4.cpu import dequantize as cpu_dequantize
+from nf4.cpu import dropout_mask as cpu_dropout_mask
 from nf4.cpu import linear as cpu_linear
 from nf4.cpu import lora_linear as cpu_lora_linear
 from nf4.cpu import quantize as cpu_quantize
 from nf4.cpu import quantize_absmax as cpu_quantize_absmax
 from nf4.reference import dequantize as reference_dequantize
+from nf4.reference import dropout_mask as reference_dropout_mask
 from nf4.reference import linear as reference_linear
 from nf4.reference import lora_linear as reference_lora_linear
 from nf4.reference import quantize as reference_quantize
@@ -176,6 +179,25 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("seed", [0, 7, -1, 2**63 - 1, 123456789012345])
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (3, 171), (33, 1001)], ids=str)
+def test_cpu_dropout_mask_equals_reference(shape, seed, monkeypatch) -> None:
+    monkeypatch.setattr(cpu_dropout_mask, "GRAIN", 64)
+    args = (torch.tensor(seed), torch.Size(shape))
+    for p in (0.0, 0.05, 0.5):
+        ours = cpu_dropout_mask.dropout_mask(*args, p)
+        assert torch.equal(ours, reference_dropout_mask.dropout_mask(*args, p))
+
+
+@pytest.fixture(params=["bf16", "fp32"])
+def units(request, monkeypatch) -> None:
+    """Products of bf16 with the CPU's instructions for it, and as on a CPU without them."""
+    if request.param == "fp32":
+        monkeypatch.setattr(cpu_linear, "multiplies_bf16", lambda: False)
+    elif not cpu_linear.multiplies_bf16():
+        pytest.skip("this CPU does not multiply bf16")
+
+
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def case(request, monkeypatch):
     """A weight in slabs of about 1000 elements, with x and dy: M, N, K, block size."""
@@ -185,22 +207,24 @@ def case(request, monkeypatch):
     return torch.randn(m, k), torch.randn(m, n), q, torch.randn(n)
 
 
-def check_close(ours, expected, exact) -> None:
+def check_close(ours, expected, exact, update=0.0) -> None:
     """Allow what another order of the sum costs, over the reference's own error against float64.
 
     Both round the same factors and, once, the sum; fp32 sums of at most 128 products in another
     order differ by less than 2^-18 of the result's norm here. With few rows the weight is not
     rounded to 16 bits before: fewer roundings, but other ones, and where the last is most of the
-    error its luck may be a tenth worse.
+    error its luck may be a tenth worse. Where the CPU multiplies bf16, the adapter's update, whose
+    norm is given, is rounded before it is added: half a step at most, independent of the rest.
     """
     assert ours.dtype == expected.dtype and ours.shape == expected.shape
     errors = [(t.double() - exact).norm() for t in (ours, expected)]
     luck = 1.1 if ours.dtype in (torch.bfloat16, torch.float16) and len(ours) <= 16 else 1.0
+    errors[1] = (errors[1] ** 2 + (update * 2**-9) ** 2) ** 0.5
     assert errors[0] <= luck * errors[1] + 2**-18 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_linear_equals_reference(case, dtype) -> None:
+def test_cpu_linear_equals_reference(case, dtype, units) -> None:
     x, dy, q, bias = case
     n, k = q.shape
     for method, inputs in (
@@ -214,7 +238,7 @@ def test_cpu_linear_equals_reference(case, dtype) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cpu_lora_linear_equals_reference(case, dtype, dropout_p) -> None:
+def test_cpu_lora_linear_equals_reference(case, dtype, dropout_p, units) -> None:
     x, dy, q, bias = case
     n, k = q.shape
     seed = torch.tensor(7) if dropout_p else None
@@ -229,8 +253,13 @@ def test_cpu_lora_linear_equals_reference(case, dtype, dropout_p) -> None:
         rows = (dy.to(dtype).to(dt), x.to(dtype).to(dt), t)
         grads = module.lora_linear_backward(*rows, *parts(q), *lora, q.block_size, [True] * 4)
         results.append((y, t, *grads))
-    for ours, expected, exact in zip(*results, strict=True):
-        check_close(ours, expected, exact)
+    wide = x.to(dtype).double(), dy.to(dtype).double()
+    y0 = reference_linear.linear(wide[0], *parts(q), bias, n, q.block_size)
+    dx0 = reference_linear.linear_backward(wide[1], *parts(q), k, q.block_size)
+    bf16 = dtype == torch.bfloat16 and cpu_linear.multiplies_bf16()
+    for i, (ours, expected, exact) in enumerate(zip(*results, strict=True)):
+        without = {0: y0, 2: dx0}.get(i, exact)
+        check_close(ours, expected, exact, (exact - without).norm() if bf16 else 0.0)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -271,6 +300,43 @@ def test_cpu_memory_of_a_product_stays_below_the_weight_s() -> None:
     for event in profile.events():
         sizes.append(event.cpu_memory_usage)
     assert 0 < max(sizes) < 6 * 2**20 < 4 * 4096 * 1024
+
+
+OTHER_CPUS = {
+    "avx2": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+bmi,+bmi2"},
+    "any": {"NUMBA_CPU_NAME": "generic"},
+}
+OTHER_CPU = """
+import torch, nf4
+from nf4.cpu import dequantize, few_rows, quantize
+from nf4.reference import dequantize as reference_dequantize, quantize as reference_quantize
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    w = torch.randn(9, 4096).mul_(torch.tensor([1, 1e-7, 1e4, 1e-38, 0, 1, 1, 1, 1])[:, None])
+    w = w.to(dtype)
+    packed, absmax = quantize.quantize(w, 64)
+    expected = reference_quantize.quantize(w, 64)
+    assert torch.equal(packed, expected[0]) and torch.equal(absmax, expected[1])
+    args = (packed, absmax, None, None, (9, 4096), 64, dtype)
+    dense = dequantize.dequantize(*args)
+    assert torch.equal(dense, reference_dequantize.dequantize(*args))
+    x = torch.randn(7, 4096)
+    weight = dequantize.as_weight(*args[:6], "rows")
+    exact = x.double() @ reference_dequantize.dequantize(*args[:6], torch.float64).T
+    y = few_rows.product(x, weight, 9)
+    assert (y - exact).norm() <= 4096**0.5 * 2**-24 * exact.norm()
+assert not any("zmm" in asm for asm in dequantize._loop.inspect_asm().values())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names kinds of x86")
+@pytest.mark.parametrize("kind", OTHER_CPUS)
+def test_cpu_gives_the_same_bits_without_avx512(kind, tmp_path) -> None:
+    environment = {**os.environ, **OTHER_CPUS[kind], "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_CPU], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_operators_fall_back_to_the_reference_without_numba(monkeypatch) -> None:

@@ -16,11 +16,16 @@ import torch
 from torch import Tensor
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, absmax_map, nf4_levels
+from nf4.cpu._lanes import BF16, FP16, FP32, expand_block
+from nf4.cpu._memory import new_empty
 from nf4.cpu._threads import spread
 from nf4.reference.repack import repack
 
-# Elements worth a thread of their own: 2 ms of work, against 0.05 ms to wake one.
-GRAIN = 1 << 22
+# Elements worth a thread of their own: 0.12 ms of work, against 0.05 to wake one.
+GRAIN = 1 << 19
+STRIP = 256  # blocks of a flat result that a thread takes at a time
+
+_CODES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
 
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
@@ -36,48 +41,42 @@ def scale_of(scales, b):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _to_bf16(bits):  # type: ignore[no-untyped-def]
-    """Round the bits of an fp32 to bf16, to nearest even; a NaN becomes the quiet one."""
-    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
-        return np.uint16(0x7FC0)
-    half = np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-    return np.uint16((bits + half) >> np.uint32(16))
-
-
-@compiled
 def _absmax_loop(scales, out, begin, end):  # type: ignore[no-untyped-def]
     for b in range(begin, end):
         out[b] = scale_of(scales, b)
 
 
-# The loops write blocks begin to end; out[0] is the first element of block `first`, and what lies
-# beyond out, of an even size, is left off. Slices spare the loops inside checks for indices < 0.
+# The loop writes strips begin to end. Strip s takes the blocks first + s * stride and the next,
+# `width` of them, to where out[s * pitch] begins; what lies beyond out is left off.
 @compiled
-def _to_fp32_loop(packed, levels, scales, block_size, first, out, begin, end):  # type: ignore[no-untyped-def]
-    for b in range(begin, end):
-        scale = scale_of(scales, b)
-        bytes_ = packed[b * block_size // 2 :]
-        block = out[(b - first) * block_size : (b - first + 1) * block_size]
-        for i in range(len(block) // 2):
-            byte = bytes_[i]
-            block[2 * i] = levels[byte >> 4] * scale
-            block[2 * i + 1] = levels[byte & 15] * scale
+def _loop(packed, levels, scales, half, dtype, form, out, begin, end):  # type: ignore[no-untyped-def]
+    first, stride, width, pitch = form
+    size = 2 * half
+    last = np.empty(size, out.dtype)
+    for s in range(begin, end):
+        for i in range(min(width, (len(out) - s * pitch + size - 1) // size)):
+            b, o = first + s * stride + i, s * pitch + i * size
+            scale = scale_of(scales, b)
+            if o + size <= len(out):
+                _block(packed, levels, scale, half, dtype, b * half, out, o)
+            else:  # the bytes of a partial block may end with it, those of a whole one do not
+                count = len(out) - o
+                bytes_ = np.zeros(half, np.uint8)
+                for j in range((count + 1) // 2):
+                    bytes_[j] = packed[b * half + j]
+                _block(bytes_, levels, scale, half, dtype, 0, last, 0)
+                out[o:] = last[:count]
 
 
 @compiled
-def _to_bf16_loop(packed, levels, scales, block_size, first, out, begin, end):  # type: ignore[no-untyped-def]
-    exact = np.empty(block_size, np.float32)
-    bits = exact.view(np.uint32)
-    for b in range(begin, end):
-        scale = scale_of(scales, b)
-        bytes_ = packed[b * block_size // 2 :]
-        block = out[(b - first) * block_size : (b - first + 1) * block_size]
-        for i in range(len(block) // 2):
-            byte = bytes_[i]
-            exact[2 * i] = levels[byte >> 4] * scale
-            exact[2 * i + 1] = levels[byte & 15] * scale
-        for i in range(len(block)):
-            block[i] = _to_bf16(bits[i])
+def _block(packed, levels, scale, half, dtype, p, out, o):  # type: ignore[no-untyped-def]
+    """Expand a block; the compiler takes each dtype as a constant."""
+    if dtype == BF16:
+        expand_block(levels, scale, BF16, packed, p, half, out, o)
+    elif dtype == FP16:
+        expand_block(levels, scale, FP16, packed, p, half, out, o)
+    else:
+        expand_block(levels, scale, FP32, packed, p, half, out, o)
 
 
 class Weight(NamedTuple):
@@ -94,7 +93,7 @@ class Weight(NamedTuple):
 def _array(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Any:
     if tensor is None:
         tensor = torch.empty(0, dtype=dtype)
-    return tensor.detach().reshape(-1).numpy()
+    return tensor.detach().reshape(-1).contiguous().numpy()
 
 
 def as_weight(
@@ -137,26 +136,52 @@ def decoded_absmax(weight: Weight) -> Any:
     return out
 
 
-def dequantize_blocks(weight: Weight, first: int, out: Tensor) -> None:
+def dequantize_blocks(weight: Weight, first: int, out: Tensor, dtype: torch.dtype) -> None:
     """Fill out with elements of a weight, from the first of block `first` on.
 
     Args:
         weight: of `as_weight`.
         first: a block.
-        out: float32 or bfloat16, flat, contiguous, of an even size.
+        out: float32 or bfloat16, flat, contiguous.
+        dtype: what the elements are rounded to; out holds it without loss.
     """
-    cpu = torch.device("cpu")
-    block_size = weight.block_size
+    blocks = -(-out.numel() // weight.block_size)
+    form = (first, STRIP, STRIP, STRIP * weight.block_size)
+    _run(weight, form, -(-blocks // STRIP), out, dtype)
+
+
+def dequantize_columns(
+    weight: Weight, shape: tuple[int, int], columns: slice, out: Tensor, dtype: torch.dtype
+) -> None:
+    """Fill the left of out with columns of a weight.
+
+    Args:
+        weight: of `as_weight`.
+        shape: N, K of W, whose rows are whole blocks.
+        columns: which, whole blocks.
+        out: float32 or bfloat16 ``[N, columns or more]``, contiguous.
+        dtype: as in `dequantize_blocks`.
+    """
+    first, width = (x // weight.block_size for x in (columns.start, columns.stop - columns.start))
+    form = (first, shape[1] // weight.block_size, width, out.stride(0))
+    _run(weight, form, shape[0], out.view(-1), dtype)
+
+
+def _run(
+    weight: Weight, form: tuple[int, int, int, int], strips: int, out: Tensor, dtype: torch.dtype
+) -> None:
+    """Run a loop over strips of the form first, stride, width, pitch; see there."""
     as_bf16 = out.dtype == torch.bfloat16
     spread(
-        _to_bf16_loop if as_bf16 else _to_fp32_loop,
-        range(first, first - (-out.numel() // block_size)),
-        GRAIN // block_size,
+        _loop,
+        range(strips),
+        -(-GRAIN // (form[2] * weight.block_size)),
         weight.packed,
-        _array(nf4_levels(cpu)),
+        _array(nf4_levels(torch.device("cpu"))),
         scales_of(weight),
-        block_size,
-        first,
+        weight.block_size // 2,
+        _CODES.get(dtype, FP32),
+        form,
         (out.view(torch.uint16) if as_bf16 else out).numpy(),
     )
 
@@ -176,10 +201,10 @@ def dequantize(
     n = math.prod(shape)
     weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
     direct = dtype in (torch.float32, torch.bfloat16)
-    if out is not None and direct and out.is_contiguous() and n % 2 == 0:
-        dequantize_blocks(weight, 0, out.view(-1))
+    if out is not None and direct and out.is_contiguous():
+        dequantize_blocks(weight, 0, out.view(-1), dtype)
         return out
-    flat = torch.empty(n + n % 2, dtype=dtype if direct else torch.float32)
-    dequantize_blocks(weight, 0, flat)
-    values = flat[:n].to(dtype, copy=n % 2 == 1).view(tuple(shape))
+    flat = new_empty((n,), dtype if direct else torch.float32)
+    dequantize_blocks(weight, 0, flat, dtype)
+    values = flat.to(dtype).view(tuple(shape))
     return values if out is None else out.copy_(values)

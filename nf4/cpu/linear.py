@@ -1,97 +1,167 @@
-"""Multiply by a quantized weight, a slab of its rows at a time: y = x @ W.T + bias, dx = dy @ W.
+"""Multiply by a quantized weight without ever holding it dense: y = x @ W.T + bias, dx = dy @ W.
 
-A few rows of x are multiplied in one pass over the bytes of W, see nf4/cpu/few_rows.py. For more,
-a slab of W is dequantized into a buffer of 4 MB, multiplied, and overwritten by the next, so that W
-is never whole in memory. Rounding as in nf4/reference/linear.py; sums of dx are taken slab by slab.
+    rows of x      what runs
+    few            one pass over the bytes of W, see nf4/cpu/few_rows.py
+    more, bf16     where the CPU multiplies in bf16: slabs of W in bf16, sums in fp32, rounded once
+    more           slabs of W, rounded to the dtype of x, held and summed in fp32 (fp64 for fp64)
+
+A slab of W is dequantized into a few megabytes, multiplied, and overwritten by the next. What goes
+to fp32 goes some rows at a time: beyond inputs and outputs memory stays below 64 MiB.
 """
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nf4.cpu import few_rows
-from nf4.cpu.dequantize import as_weight, dequantize_blocks
+from nf4.cpu._memory import new_empty
+from nf4.cpu.dequantize import Weight, as_weight, dequantize_blocks, dequantize_columns
 from nf4.reference.linear import accumulator
+from nf4.scratch import scratch
 
 SLAB = 1 << 20  # elements
+WIDE = 1 << 22  # elements of x, or of sums, held in fp32 at a time
+MOST_COLUMNS = 1 << 24  # elements of the narrowest slab of whole columns worth having
+# Up to so many rows few_rows beats the product of slabs, in bf16 where the CPU has it or in fp32
+FEW_ROWS = {True: 8, False: 16}
+# What oneDNN may be told to stay below
+_WITHOUT_BF16 = {
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+}
 
 
-def _slabs(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: tuple[int, int],
-    block_size: int,
-    layout: str,
-    dtype: torch.dtype,
+@lru_cache
+def multiplies_bf16() -> bool:
+    """Return whether the CPU has instructions that multiply bf16, and PyTorch's library uses them.
+
+    Without them the library emulates bf16, slower than fp32.
+    """
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper() not in _WITHOUT_BF16
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    has = any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return bool(has and allowed and torch.backends.mkldnn.enabled)
+
+
+def in_bf16(dtype: torch.dtype) -> bool:
+    """Return whether products of a dtype are taken by instructions for bf16."""
+    return dtype == torch.bfloat16 and multiplies_bf16()
+
+
+def path(m: int, k: int, dtype: torch.dtype, block_size: int) -> str:
+    """Return what multiplies x ``[m, k]``: "few rows", "bf16" or "slabs"."""
+    native = in_bf16(dtype)
+    whole = k > 0 and k % block_size == 0
+    if dtype != torch.float64 and whole and 1 <= m <= FEW_ROWS[native]:
+        return "few rows"
+    return "bf16" if native else "slabs"
+
+
+def _row_slabs(
+    weight: Weight, shape: tuple[int, int], dtype: torch.dtype, held: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of each slab and its values, rounded to dtype but held in its accumulator."""
-    weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
+    """Yield some rows of W at a time and their values, rounded to a dtype and held in another."""
     rows, columns = shape
-    step = -(-rows // max(1, rows * columns // SLAB))
-    # A slab begins and ends inside blocks, unless these fit the rows.
-    buffer = torch.empty(step * columns + 2 * block_size)
+    step = max(1, -(-rows // max(1, rows * columns // SLAB)))
+    # A slab begins inside a block, unless these fit the rows.
+    size = step * columns + weight.block_size
+    buffer = scratch(f"slab {held}", size, held, torch.device("cpu"))
     for begin in range(0, rows, step):
         count = min(step, rows - begin)
-        first, skip = divmod(begin * columns, block_size)
+        first, skip = divmod(begin * columns, weight.block_size)
         end = skip + count * columns
-        dequantize_blocks(weight, first, buffer[: end + end % 2])
-        slab = buffer[skip:end].view(count, columns)
-        if dtype != torch.float32:
-            slab = slab.to(dtype).to(accumulator(dtype))
-        yield slice(begin, begin + count), slab
+        dequantize_blocks(weight, first, buffer[:end], dtype)
+        yield slice(begin, begin + count), buffer[skip:end].view(count, columns)
 
 
-def takes_few_rows(m: int, k: int, dtype: torch.dtype, block_size: int) -> bool:
-    """Return whether x ``[m, k]`` is multiplied without writing W."""
-    if dtype == torch.float64 or k == 0 or k % block_size:
-        return False
-    return 1 <= m <= few_rows.MOST_ROWS
+def _column_slabs(
+    weight: Weight, shape: tuple[int, int], dtype: torch.dtype, held: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some columns of W at a time, as `_row_slabs` does; `has_column_slabs` must hold."""
+    rows, columns = shape
+    step = max(1, SLAB // max(rows, 1) // weight.block_size) * weight.block_size
+    buffer = scratch(f"slab {held}", rows * min(step, columns), held, torch.device("cpu"))
+    for begin in range(0, columns, step):
+        found = slice(begin, min(begin + step, columns))
+        slab = buffer[: rows * (found.stop - begin)].view(rows, found.stop - begin)
+        dequantize_columns(weight, shape, found, slab, dtype)
+        yield found, slab
 
 
-def product(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    out_features: int,
-    block_size: int,
-    layout: str,
-) -> Tensor:
-    """Return x @ W.T for x ``[M, K]``, fp32 (fp64 for fp64) and not yet rounded."""
-    shape = (out_features, x.shape[1])
-    m, k = x.shape
-    if takes_few_rows(m, k, x.dtype, block_size):
-        weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
-        return few_rows.product(x, weight, out_features)
-    wide = x.to(accumulator(x.dtype))
-    y = wide.new_empty(x.shape[0], out_features)
-    for rows, w in _slabs(packed, absmax, absmax2, offset, shape, block_size, layout, x.dtype):
-        torch.mm(wide, w.T, out=y[:, rows])
+def has_column_slabs(rows: int, columns: int, block_size: int) -> bool:
+    """Return whether columns of W can be dequantized without the others."""
+    return columns % block_size == 0 and rows * block_size <= MOST_COLUMNS
+
+
+def add_product(y: Tensor, x: Tensor, weight: Weight) -> Tensor:
+    """Add x @ W.T to y, in bf16 with one rounding of the sum, and return it."""
+    for rows, w in _row_slabs(weight, (y.shape[1], x.shape[1]), x.dtype, x.dtype):
+        y[:, rows].addmm_(x, w.T)
     return y
 
 
-def product_backward(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    in_features: int,
-    block_size: int,
-    layout: str,
-) -> Tensor:
-    """Return dy @ W for dy ``[M, N]``, fp32 (fp64 for fp64) and not yet rounded."""
-    shape = (dy.shape[1], in_features)
-    wide = dy.to(accumulator(dy.dtype))
-    dx = wide.new_zeros(dy.shape[0], in_features)
-    for rows, w in _slabs(packed, absmax, absmax2, offset, shape, block_size, layout, dy.dtype):
-        dx.addmm_(wide[:, rows], w)
+def add_product_backward(dx: Tensor, dy: Tensor, weight: Weight) -> Tensor:
+    """Add dy @ W to dx, as `add_product` does; `has_column_slabs` must hold."""
+    for columns, w in _column_slabs(weight, (dy.shape[1], dx.shape[1]), dy.dtype, dy.dtype):
+        dx[:, columns].addmm_(dy, w)
     return dx
+
+
+def product(x: Tensor, weight: Weight, out_features: int) -> Tensor:
+    """Return x @ W.T for x ``[M, K]``, fp32 (fp64 for fp64) and not yet rounded."""
+    m, k = x.shape
+    if path(m, k, x.dtype, weight.block_size) == "few rows":
+        return few_rows.product(x, weight, out_features)
+    wide = widened(x)
+    y = new_empty((m, out_features), wide.dtype)
+    for rows, w in _row_slabs(weight, (out_features, k), x.dtype, torch.float32):
+        torch.mm(wide, w.to(wide.dtype).T, out=y[:, rows])
+    return y.zero_() if k == 0 else y
+
+
+def product_backward(dy: Tensor, weight: Weight, in_features: int) -> Tensor:
+    """Return dy @ W for dy ``[M, N]``, fp32 (fp64 for fp64) and not yet rounded."""
+    wide = widened(dy)
+    shape = (dy.shape[1], in_features)
+    dx = new_empty((dy.shape[0], in_features), wide.dtype)
+    if has_column_slabs(*shape, weight.block_size):
+        for columns, w in _column_slabs(weight, shape, dy.dtype, torch.float32):
+            torch.mm(wide, w.to(wide.dtype), out=dx[:, columns])
+        return dx
+    dx.zero_()
+    for rows, w in _row_slabs(weight, shape, dy.dtype, torch.float32):
+        dx.addmm_(wide[:, rows], w.to(wide.dtype))
+    return dx
+
+
+def parts(m: int, dtype: torch.dtype, *widths: int) -> Iterator[slice]:
+    """Yield all rows of a product, so many at a time that what is held of them in fp32 is bounded.
+
+    Args:
+        m: rows.
+        dtype: of the inputs; nothing is held of what is not converted.
+        *widths: columns of the input and of the result.
+    """
+    converted = accumulator(dtype) != dtype
+    step = max(1, WIDE // max(1, *widths)) if converted else max(1, m)
+    for begin in range(0, m, step):
+        yield slice(begin, min(begin + step, m))
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in the dtype that its sums are taken in."""
+    acc = accumulator(x.dtype)
+    return x if x.dtype == acc else new_empty(x.shape, acc).copy_(x)
 
 
 def linear(
@@ -107,10 +177,20 @@ def linear(
 ) -> Tensor:
     """Return x @ W.T + bias; arguments as in nf4/reference/linear.py."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = product(rows, packed, absmax, absmax2, offset, out_features, block_size, layout)
-    if bias is not None:
-        y.add_(bias)
-    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+    m, k = rows.shape
+    weight = as_weight(packed, absmax, absmax2, offset, (out_features, k), block_size, layout)
+    if path(m, k, x.dtype, block_size) == "bf16":
+        y = new_empty((m, out_features), x.dtype)
+        y = add_product(y.zero_() if bias is None else y.copy_(bias), rows, weight)
+    elif accumulator(x.dtype) == x.dtype:
+        y = product(rows, weight, out_features)
+        y = y if bias is None else y.add_(bias)
+    else:
+        y = new_empty((m, out_features), x.dtype)
+        for part in parts(m, x.dtype, k, out_features):
+            wide = product(rows[part], weight, out_features)
+            y[part] = wide if bias is None else wide.add_(bias)
+    return y.view(*x.shape[:-1], out_features)
 
 
 def linear_backward(
@@ -125,5 +205,14 @@ def linear_backward(
 ) -> Tensor:
     """Return dy @ W; arguments as in nf4/reference/linear.py."""
     rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
-    dx = product_backward(rows, packed, absmax, absmax2, offset, in_features, block_size, layout)
-    return dx.to(dy.dtype).view(*dy.shape[:-1], in_features)
+    m, n = rows.shape
+    weight = as_weight(packed, absmax, absmax2, offset, (n, in_features), block_size, layout)
+    dx = new_empty((m, in_features), dy.dtype)
+    if in_bf16(dy.dtype) and has_column_slabs(n, in_features, block_size):
+        add_product_backward(dx.zero_(), rows, weight)
+    elif accumulator(dy.dtype) == dy.dtype:
+        dx = product_backward(rows, weight, in_features)
+    else:
+        for part in parts(m, dy.dtype, n, in_features):
+            dx[part] = product_backward(rows[part], weight, in_features)
+    return dx.view(*dy.shape[:-1], in_features)

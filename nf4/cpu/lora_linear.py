@@ -1,11 +1,36 @@
-"""Multiply by a quantized weight plus a low-rank update, slab by slab as in nf4/cpu/linear.py."""
+"""Multiply by a quantized weight plus a low-rank update, slab by slab as in nf4/cpu/linear.py.
+
+Where the CPU multiplies in bf16 the update is rounded to bf16 before the product is added to it, as
+t and u are; the sum is rounded once.
+"""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from nf4.cpu.linear import product, product_backward
-from nf4.reference.lora_linear import add_lora, add_lora_backward
+from nf4.cpu._memory import new_empty
+from nf4.cpu.dequantize import Weight, as_weight
+from nf4.cpu.dropout_mask import drop, dropout_mask
+from nf4.cpu.linear import (
+    add_product,
+    add_product_backward,
+    has_column_slabs,
+    in_bf16,
+    parts,
+    path,
+    product,
+    product_backward,
+    widened,
+)
+from nf4.reference.linear import accumulator
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Return scale * a @ b + bias in bf16, rounded once."""
+    out = new_empty((a.shape[0], b.shape[1]), a.dtype)
+    out = out.zero_() if bias is None else out.copy_(bias)
+    return out.addmm_(a, b, alpha=scale)
 
 
 def lora_linear(
@@ -25,8 +50,20 @@ def lora_linear(
     layout: str = "rows",
 ) -> tuple[Tensor, Tensor]:
     """Return y and t; arguments as in nf4/reference/lora_linear.py."""
-    y = product(x, packed, absmax, absmax2, offset, lora_B.shape[0], block_size, layout)
-    return add_lora(y, x, bias, lora_A, lora_B, scaling, dropout_p, seed)
+    (m, k), n = x.shape, lora_B.shape[0]
+    weight = as_weight(packed, absmax, absmax2, offset, (n, k), block_size, layout)
+    a, b = (matrix.to(x.dtype) for matrix in (lora_A, lora_B))
+    dropped, kept = drop(x, dropout_p, seed), 1 - dropout_p
+    if path(m, k, x.dtype, block_size) == "bf16":
+        t = _scaled(dropped, a.T, 1 / kept)
+        return add_product(_scaled(t, b.T, scaling, bias), x, weight), t
+    y, t = new_empty((m, n), x.dtype), x.new_empty(m, a.shape[0])
+    for part in parts(m, x.dtype, k, n):
+        wide = product(x[part], weight, n)
+        t[part] = (widened(dropped[part]) @ widened(a).T).div_(kept)
+        wide.addmm_(widened(t[part]), widened(b).T, alpha=scaling)
+        y[part] = wide if bias is None else wide.add_(bias)
+    return y, t
 
 
 def lora_linear_backward(
@@ -47,8 +84,50 @@ def lora_linear_backward(
     layout: str = "rows",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, bias, lora_A and lora_B; as in nf4/reference/lora_linear.py."""
-    dx = None
-    if needs[0]:
-        weight = (packed, absmax, absmax2, offset)
-        dx = product_backward(dy, *weight, lora_A.shape[1], block_size, layout)
-    return add_lora_backward(dx, dy, x, t, lora_A, lora_B, scaling, dropout_p, seed, needs)
+    (m, n), k = dy.shape, lora_A.shape[1]
+    weight = as_weight(packed, absmax, absmax2, offset, (n, k), block_size, layout)
+    a, b = (matrix.to(dy.dtype) for matrix in (lora_A, lora_B))
+    u, dx = None, None
+    if in_bf16(dy.dtype) and has_column_slabs(n, k, block_size):
+        if needs[0] or x is not None:
+            u = _scaled(dy, b, scaling)
+        if needs[0] and u is not None:
+            dx = drop(_scaled(u, a, 1 / (1 - dropout_p)), dropout_p, seed)
+            add_product_backward(dx, dy, weight)
+    elif needs[0] or x is not None:
+        u = dy.new_empty(m, a.shape[0])
+        for part in parts(m, dy.dtype, n):
+            u[part] = (widened(dy[part]) @ widened(b)).mul_(scaling)
+        if needs[0]:
+            dx = _input_gradient(dy, u, weight, a, dropout_p, seed)
+    dbias = dy.sum(dim=0, dtype=accumulator(dy.dtype)) if needs[1] else None
+    dA = dB = None
+    if x is not None and u is not None:
+        dA = _across(u, drop(x, dropout_p, seed)).div_(1 - dropout_p)
+    if t is not None:
+        dB = _across(dy, t).mul_(scaling)
+    return dx, dbias, dA, dB
+
+
+def _input_gradient(
+    dy: Tensor, u: Tensor, weight: Weight, a: Tensor, dropout_p: float, seed: Tensor | None
+) -> Tensor:
+    """Return dy @ W + drop(u @ A) / (1 - p), summed in fp32 (fp64 for fp64) and rounded once."""
+    dx = new_empty((dy.shape[0], a.shape[1]), dy.dtype)
+    mask = None if seed is None else dropout_mask(seed, dx.shape, dropout_p)
+    for part in parts(dy.shape[0], dy.dtype, *dy.shape[1:], *dx.shape[1:]):
+        wide = product_backward(dy[part], weight, a.shape[1])
+        if mask is None:
+            dx[part] = wide.addmm_(widened(u[part]), widened(a))
+        else:
+            update = torch.where(mask[part], widened(u[part]) @ widened(a), 0)
+            dx[part] = wide.add_(update, alpha=1 / (1 - dropout_p))
+    return dx
+
+
+def _across(a: Tensor, b: Tensor) -> Tensor:
+    """Return a.T @ b in fp32 (fp64 for fp64)."""
+    total = a.new_zeros((a.shape[1], b.shape[1]), dtype=accumulator(a.dtype))
+    for part in parts(a.shape[0], a.dtype, a.shape[1], b.shape[1]):
+        total.addmm_(widened(a[part]).T, widened(b[part]))
+    return total

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
+from nf4.cpu._lanes import encode_block
+from nf4.cpu._memory import new_empty
 from nf4.cpu._threads import spread
 from nf4.cpu.dequantize import compiled
 
@@ -22,28 +24,27 @@ GRAIN = 1 << 19
 # Each inner loop does one thing to a whole block, for the compiler to take many elements at a time.
 @compiled
 def _loop(fp32, bf16, thresholds, block_size, packed, absmax, begin, end):  # type: ignore[no-untyped-def]
+    half = block_size // 2
     x = np.empty(block_size, np.float32)
-    x_bits = x.view(np.uint32)
-    scaled = np.empty(block_size + 1, np.float32)
-    bits = scaled.view(np.int32)
-    codes = np.empty(block_size + 1, np.int32)
+    bits = x.view(np.int32)
+    last = np.empty(half, np.uint8)
     most = np.empty(1, np.int32)
     for b in range(begin, end):
         if len(bf16):
             halves = bf16[b * block_size : (b + 1) * block_size]
             count = len(halves)
             for i in range(count):
-                x_bits[i] = np.uint32(halves[i]) << np.uint32(16)
+                bits[i] = np.int32(halves[i]) << 16
         else:
             block = fp32[b * block_size : (b + 1) * block_size]
             count = len(block)
             for i in range(count):
                 x[i] = block[i]
-        for i in range(count):
-            scaled[i] = abs(x[i])
+        for i in range(count, block_size):  # an odd count is padded with a zero
+            x[i] = np.float32(0)
         largest_bits = np.int32(0)
-        for i in range(count):  # as integers: those of a NaN are larger than all others
-            largest_bits = max(largest_bits, bits[i])
+        for i in range(block_size):  # as integers: those of a NaN are larger than all others
+            largest_bits = max(largest_bits, bits[i] & np.int32(0x7FFFFFFF))
         most[0] = largest_bits
         largest = most.view(np.float32)[0]
         if largest < np.float32(SMALLEST_ABSMAX):
@@ -52,20 +53,13 @@ def _loop(fp32, bf16, thresholds, block_size, packed, absmax, begin, end):  # ty
         scale = np.float32(0)
         if largest != np.float32(0):
             scale = np.float32(1) / largest
-        for i in range(count):
-            scaled[i] = x[i] * scale
-        if count % 2:  # an odd count is padded with a zero
-            scaled[count] = np.float32(0) * scale
-            count += 1
-        for i in range(count):
-            codes[i] = 0
-        for k in range(15):
-            threshold = thresholds[k]
-            for i in range(count):
-                codes[i] += np.int32(scaled[i] > threshold)
-        bytes_ = packed[b * block_size // 2 : b * block_size // 2 + count // 2]
-        for i in range(len(bytes_)):
-            bytes_[i] = codes[2 * i] << 4 | codes[2 * i + 1]
+        if count == block_size:
+            encode_block(x, scale, thresholds, half, packed, b * half)
+        else:
+            encode_block(x, scale, thresholds, half, last, 0)
+            bytes_ = packed[b * half :]
+            for i in range((count + 1) // 2):
+                bytes_[i] = last[i]
 
 
 def quantize(
@@ -75,9 +69,9 @@ def quantize(
     x = w.detach().reshape(-1)
     n = x.numel()
     blocks = -(-n // block_size)
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
+    packed = new_empty(((n + 1) // 2,), torch.uint8)
     absmax = torch.empty(blocks, dtype=torch.float32)
-    thresholds = np.array(nf4_thresholds(), np.float32)
+    thresholds = np.array([*nf4_thresholds(), np.inf], np.float32)
     none32, none16 = np.empty(0, np.float32), np.empty(0, np.uint16)
     # What is neither fp32 nor bf16 becomes fp32 a slab at a time
     step = max(n, 1) if w.dtype in (torch.float32, torch.bfloat16) else SLAB

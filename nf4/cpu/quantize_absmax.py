@@ -47,7 +47,9 @@ def quantize_absmax(
     """Quantize the scales; arguments and results as in nf4/reference/quantize_absmax.py."""
     absmax = absmax.detach().contiguous()
     blocks = absmax.numel()
-    offset = absmax.double().sum().div(max(blocks, 1)).float()
+    # By numpy, on this thread: waking PyTorch's costs more than the sum
+    total = absmax.numpy().sum(dtype=np.float64)
+    offset = torch.tensor(total / max(blocks, 1)).float()
     codes = torch.empty(blocks, dtype=torch.uint8)
     absmax2 = torch.empty(-(-blocks // ABSMAX_BLOCK_SIZE), dtype=torch.float32)
     spread(
