@@ -1,5 +1,6 @@
 """The operators compiled for a CPU: the reference's results, however the work is cut."""
 
+import json
 import os
 import platform
 import subprocess
@@ -200,7 +201,7 @@ def units(request, monkeypatch) -> None:
 
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def case(request, monkeypatch):
-    """A weight in slabs of about 1000 elements, with x and dy: M, N, K, block size."""
+    """A weight in slabs of about 1000 bytes, with x and dy: M, N, K, block size."""
     monkeypatch.setattr(cpu_linear, "SLAB", 1000)
     m, n, k, block_size = request.param
     q = nf4.quantize(torch.randn(n, k), block_size)
@@ -291,15 +292,40 @@ def test_cpu_few_rows_never_write_the_weight(monkeypatch) -> None:
         nf4.linear(torch.randn(17, 128), q)
 
 
-def test_cpu_memory_of_a_product_stays_below_the_weight_s() -> None:
-    q = nf4.quantize(torch.randn(4096, 1024))
-    x = torch.randn(1, 1024)
-    sizes = []
-    with torch.profiler.profile(profile_memory=True) as profile:
-        nf4.linear(x, q)
-    for event in profile.events():
-        sizes.append(event.cpu_memory_usage)
-    assert 0 < max(sizes) < 6 * 2**20 < 4 * 4096 * 1024
+PEAK = """
+import json, sys, torch, nf4
+from nf4.bench.footprint import cpu_peak
+from nf4.cpu import linear
+dtype, units, m = getattr(torch, sys.argv[1]), sys.argv[2] == "bf16", int(sys.argv[3])
+linear.multiplies_bf16 = lambda: units
+n, k = 4096, 6144
+w = torch.randn(n, k).to(dtype)
+x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+q = nf4.quantize(w[:64])  # compiled before
+nf4.linear(x[:32], q), nf4.linear(x[:1], q)
+peaks = {"quantize": cpu_peak(lambda: nf4.quantize(w)) - n * k * 0.52}
+q = nf4.quantize(w)
+nf4.release_scratch()
+peaks["linear"] = cpu_peak(lambda: nf4.linear(x, q)) - m * n * dtype.itemsize
+backward = torch.ops.nf4.linear_backward
+nf4.release_scratch()
+run = lambda: backward(dy, *q.parts(), k, 64)
+peaks["backward"] = cpu_peak(run) - m * k * dtype.itemsize
+print(json.dumps({name: peak / 2**20 for name, peak in peaks.items()}))
+"""
+WAYS = [("float32", "fp32", 1536), ("bfloat16", "fp32", 1536), ("bfloat16", "bf16", 4096)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark of Linux")
+@pytest.mark.parametrize(("dtype", "units", "m"), [*WAYS, ("bfloat16", "bf16", 1)])
+def test_cpu_memory_beyond_inputs_and_outputs_is_at_most_64_mib(dtype, units, m) -> None:
+    command = [sys.executable, "-c", PEAK, dtype, units, str(m)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peaks = json.loads(done.stdout)
+    assert len(peaks) == 3 and all(0 < peak <= 64 for peak in peaks.values()), peaks
+    if m == 1:
+        assert peaks["linear"] < 8, "W is 48 MiB dense"
 
 
 OTHER_CPUS = {

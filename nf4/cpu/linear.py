@@ -5,7 +5,7 @@
     more, bf16     where the CPU multiplies in bf16: slabs of W in bf16, sums in fp32, rounded once
     more           slabs of W, rounded to the dtype of x, held and summed in fp32 (fp64 for fp64)
 
-A slab of W is dequantized into a few megabytes, multiplied, and overwritten by the next. What goes
+A slab of W is dequantized into 16 MB, multiplied, and overwritten by the next. What goes
 to fp32 goes some rows at a time: beyond inputs and outputs memory stays below 64 MiB.
 """
 
@@ -24,9 +24,11 @@ from nf4.cpu.dequantize import Weight, as_weight, dequantize_blocks, dequantize_
 from nf4.reference.linear import accumulator
 from nf4.scratch import scratch
 
-SLAB = 1 << 20  # elements
-WIDE = 1 << 22  # elements of x, or of sums, held in fp32 at a time
-MOST_COLUMNS = 1 << 24  # elements of the narrowest slab of whole columns worth having
+# Bytes: within the last cache of a server's CPU, and few. Each product of a slab wakes PyTorch's
+# threads and waits for all of them, on a busy machine for milliseconds.
+SLAB = 1 << 24
+WIDE = 1 << 21  # elements of x, or of sums, held in fp32 at a time
+MOST_COLUMNS = 1 << 23  # elements of the narrowest slab of whole columns worth having
 # Up to so many rows few_rows beats the product of slabs, in bf16 where the CPU has it or in fp32
 FEW_ROWS = {True: 8, False: 16}
 # What oneDNN may be told to stay below
@@ -72,7 +74,7 @@ def _row_slabs(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield some rows of W at a time and their values, rounded to a dtype and held in another."""
     rows, columns = shape
-    step = max(1, -(-rows // max(1, rows * columns // SLAB)))
+    step = max(1, -(-rows // max(1, rows * columns * held.itemsize // SLAB)))
     # A slab begins inside a block, unless these fit the rows.
     size = step * columns + weight.block_size
     buffer = scratch(f"slab {held}", size, held, torch.device("cpu"))
@@ -89,7 +91,8 @@ def _column_slabs(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield some columns of W at a time, as `_row_slabs` does; `has_column_slabs` must hold."""
     rows, columns = shape
-    step = max(1, SLAB // max(rows, 1) // weight.block_size) * weight.block_size
+    blocks = SLAB // held.itemsize // max(rows, 1) // weight.block_size
+    step = max(1, blocks) * weight.block_size
     buffer = scratch(f"slab {held}", rows * min(step, columns), held, torch.device("cpu"))
     for begin in range(0, columns, step):
         found = slice(begin, min(begin + step, columns))
