@@ -121,14 +121,15 @@ def launch_product(
     """Launch a kernel of kernels/matmul.py or matmul_small.py, which fills y ``[M, N]``."""
     parts, arrived = split_k_scratch(config, tiles, y)
     rank = 0 if t is None else t.shape[1]
+    device = x.device
     kernel[(tiles, config.split_k)](
         x,
-        packed.view(-1).view(torch.int32),
+        packed.view(torch.int32),
         absmax,
         y if absmax2 is None else absmax2,
         y if offset is None else offset,
-        absmax_map(x.device),
-        nf4_levels(x.device),
+        absmax_map(device),
+        nf4_levels(device),
         x if t is None else t,
         x if lora_B is None else lora_B,
         x if bias is None else bias,

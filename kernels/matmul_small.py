@@ -7,9 +7,6 @@ quantization).
 Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxiv.org/abs/2106.09685).
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -124,26 +121,44 @@ def matmul_small(
 ) -> Tensor:
     """Multiply few rows; arguments as in nf4/reference/matmul.py, block_size at least 64."""
     config = matmul_small_config(out_features, x.shape[1], x.device)
-    weight, terms = (packed, absmax, absmax2, offset), (bias, t, lora_B, scaling)
-    return launch(config, x, *weight, *terms, out_features, block_size)
+    weight = (packed, absmax, absmax2, offset)
+    return launch(config, x, *weight, bias, t, lora_B, scaling, out_features, block_size)
 
 
-def launch(config: MatmulConfig, x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+def launch(
+    config: MatmulConfig,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    t: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    out_features: int,
+    block_size: int,
+) -> Tensor:
     """Multiply cut as config says; further arguments as of `matmul_small`."""
-    *terms, n, block_size = rest
     m, k = x.shape
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    y = x.new_empty(m, out_features)
     if m:
         launch_product(
             _matmul_small_kernel,
             config,
-            -(-n // config.block_n),
+            -(-out_features // config.block_n),
             y,
             x,
             packed,
-            *terms,
+            absmax,
+            absmax2,
+            offset,
+            bias,
+            t,
+            lora_B,
+            scaling,
             BLOCK_SIZE=block_size,
-            UNROLL=next(u for u in (4, 2, 1) if k % (64 * u) == 0),
+            UNROLL=4 if k % 256 == 0 else 2 if k % 128 == 0 else 1,
         )
     return y
 

@@ -1,4 +1,4 @@
-"""Make the top-level folder bench/ importable as ``nf4.bench``, as nf4/kernels.py does with kernels/.
+"""Make the top-level folder bench/ importable as ``nf4.bench``, as nf4/kernels.py does kernels/.
 
 An installed nf4 has the folder beside this file; a checkout has it one level up. Importing this
 module imports no benchmark.

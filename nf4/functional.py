@@ -423,12 +423,15 @@ def _check_seed(seed: Tensor, q: NF4Tensor) -> None:
         )
 
 
+_INPUT_DTYPES = (*DTYPES, torch.float64)
+
+
 def _check_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> None:
     check_nf4(q)
-    if q.ndim != 2:
+    if len(q.shape) != 2:
         raise ValueError(f"q: expected a quantized matrix [N, K], got shape {tuple(q.shape)}")
     _check_floating(x, "x", q)
-    if x.dtype not in (*DTYPES, torch.float64):
+    if x.dtype not in _INPUT_DTYPES:
         raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] != q.shape[1]:
         raise ValueError(
@@ -473,6 +476,8 @@ def _check_no_tangent(*tensors: Tensor | None) -> None:
 
 def _autocast(x: Tensor) -> Tensor:
     """Cast x as autocast casts the input of a matrix product."""
+    if not torch._C._is_any_autocast_enabled():
+        return x
     kind = x.device.type
     if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return x

@@ -8,7 +8,6 @@ what nf4/reference/ defines. Arguments are checked in `nf4.functional`, unless t
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -68,16 +67,22 @@ def call(name: str, *args: Any) -> Any:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or args[0].is_meta  # all are on one device
     ):
         return operator(*args)
     grad = torch.is_grad_enabled()
     for a in args:
-        if type(a) is Tensor or type(a) is torch.nn.Parameter:
-            if (grad and a.requires_grad) or a.is_meta:
+        kind = type(a)
+        if kind in _PLAIN:
+            if grad and a.requires_grad:
                 return operator(*args)
-        elif isinstance(a, Tensor):
+        elif kind not in _NO_TENSORS and isinstance(a, Tensor):
             return operator(*args)
     return compute(*args)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+_NO_TENSORS = {type(None), bool, int, float, str, list, torch.Size, torch.dtype}
 
 
 # What replaces references on a kind of device: packages, what they need, the files they have
@@ -115,8 +120,10 @@ def implementation(op: str, device_type: str) -> Callable[..., Any]:
 
 def _run(op: str, like: Tensor, *args: Any) -> Any:
     """Compute an operator where a tensor is, whatever the current device is."""
-    function, device = implementation(op, like.device.type), like.device
-    if device.type == "cpu":
+    device = like.device
+    kind = device.type
+    function = implementation(op, kind)
+    if kind == "cpu":
         return function(*args)
     module = torch.get_device_module(device)
     if device.index == module.current_device():
@@ -125,11 +132,12 @@ def _run(op: str, like: Tensor, *args: Any) -> Any:
         return function(*args)
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def _run_without_autocast(op: str, x: Tensor, *args: Any) -> Any:
     """Keep autocast out of an operator: its caller has chosen the dtypes already."""
-    kind = x.device.type
-    enabled = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
+    if not torch._C._is_any_autocast_enabled():
+        return _run(op, x, x, *args)
+    with torch.autocast(x.device.type, enabled=False):
+        return _run(op, x, x, *args)
 
 
 def _nothing(*args: Any) -> None:
@@ -276,8 +284,7 @@ def _repack_fake(packed: Tensor, absmax: Tensor, *args: Any) -> tuple[Tensor, Te
 
 
 def _linear(x: Tensor, *args: Any) -> Tensor:
-    with _no_autocast(x):
-        out: Tensor = _run("linear", x, x, *args)
+    out: Tensor = _run_without_autocast("linear", x, *args)
     return out
 
 
@@ -286,8 +293,7 @@ def _linear_fake(x: Tensor, *args: Any) -> Tensor:
 
 
 def _linear_backward(dy: Tensor, *args: Any) -> Tensor:
-    with _no_autocast(dy):
-        out: Tensor = _run("linear_backward", dy, dy, *args)
+    out: Tensor = _run_without_autocast("linear_backward", dy, *args)
     return out
 
 
@@ -312,8 +318,7 @@ def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    with _no_autocast(x):
-        y, t = _run("lora_linear", x, x, *args)
+    y, t = _run_without_autocast("lora_linear", x, *args)
     need_t = args[10]
     return y, t if need_t else x.new_empty(0)
 
@@ -325,8 +330,7 @@ def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    with _no_autocast(dy):
-        grads = _run("lora_linear_backward", dy, dy, *args)
+    grads = _run_without_autocast("lora_linear_backward", dy, *args)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 

@@ -146,6 +146,32 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
     """
     if not isinstance(q, NF4Tensor):
         raise TypeError(f"{name}: expected an NF4Tensor, got {type(q).__name__}")
+    if torch.compiler.is_compiling():
+        _check_parts(q, name)
+        return
+    addresses = _addresses(q)
+    if addresses is None or q.__dict__.get("_checked") != addresses:
+        _check_parts(q, name)
+        q.__dict__["_checked"] = addresses
+
+
+def _addresses(q: NF4Tensor) -> tuple[int, int, int, int] | None:
+    """Return where the parts of q lie: while they do, what was checked holds; None if unknown."""
+    packed, absmax, absmax2, offset = q.packed, q.absmax, q.absmax2, q.offset
+    if type(packed) not in _PLAIN or type(absmax) not in _PLAIN:
+        return None
+    if absmax2 is None or offset is None:
+        return packed.data_ptr(), absmax.data_ptr(), 0, 0
+    if type(absmax2) not in _PLAIN or type(offset) not in _PLAIN:
+        return None
+    return packed.data_ptr(), absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}  # others may lie nowhere
+
+
+def _check_parts(q: NF4Tensor, name: str) -> None:
+    """Raise as `check_nf4` does."""
     if q.block_size not in BLOCK_SIZES:
         raise ValueError(f"{name}.block_size: expected one of {BLOCK_SIZES}, got {q.block_size}")
     if q.layout != "rows":

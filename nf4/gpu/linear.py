@@ -17,6 +17,8 @@ KERNELS = {"matmul": matmul, "matmul_small": matmul_small}
 
 def as_rows(x: Tensor) -> Tensor:
     """Return x ``[..., K]`` as contiguous ``[M, K]``."""
+    if x.ndim == 2:
+        return x.contiguous()
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
 
 
@@ -65,13 +67,14 @@ def linear(
     rows, n = as_rows(x), out_features
     weight = contiguous(packed, absmax, absmax2, offset)
     bias = None if bias is None else bias.contiguous()
-    kernel = plan(*rows.shape[:1], n, rows.shape[1], x.dtype, layout, block_size, x.device).kernel
+    m, k = rows.shape
+    kernel = plan(m, n, k, x.dtype, layout, block_size, x.device).kernel
     if kernel in KERNELS:
         y: Tensor = KERNELS[kernel](rows, *weight, bias, None, None, 1.0, n, block_size)
     else:
-        w = dense_weight(*weight, (n, rows.shape[1]), block_size, layout, x.dtype)
+        w = dense_weight(*weight, (n, k), block_size, layout, x.dtype)
         y = library_linear(rows, w, None if bias is None else bias.to(x.dtype))
-    return y.view(*x.shape[:-1], n)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
 
 
 def linear_backward(
