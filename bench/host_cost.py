@@ -1,47 +1,73 @@
-"""What a call costs the host, with kernels that do nothing: microseconds of Python and PyTorch.
+"""What calls cost the host: microseconds of Python and PyTorch with kernels that do nothing.
 
 The launch itself is taken out: `JITFunction.run` returns at once. The operators are made to take
-the kernels' path on CPU tensors.
+the kernels' path on CPU tensors. And what comes once: importing nf4, and the first product.
 
 python bench/host_cost.py
 """
 
+import argparse
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from triton.runtime.jit import JITFunction
 
 import nf4
 from nf4 import operators
+from nf4.bench.circumstances import circumstances
+from nf4.files import write_file
 
+FORMAT = "nf4-host-cost-1"
 CALLS = 5000
+# What PyTorch's own product costs the host, a small one in fp32, which no library is asked for
+LINEAR = "torch.nn.functional.linear"
+ONCE = """
+import time
+begin = time.perf_counter()
+import torch
+torch_ = time.perf_counter()
+import nf4
+imported = time.perf_counter()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+q = nf4.quantize(torch.ones(128, 128, device=device))
+x = torch.ones(1, 128, device=device)
+ready = time.perf_counter()
+nf4.linear(x, q)
+first = time.perf_counter()
+print(torch_ - begin, imported - torch_, ready - imported, first - ready)
+"""
 
 
 def microseconds(function: Callable[[], Any], calls: int = CALLS) -> float:
-    """Return the least mean of three series of calls."""
+    """Return the least mean of ten series of calls."""
     best = float("inf")
-    for _ in range(3):
+    for _ in range(10):
         begin = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(calls // 10):
             function()
         best = min(best, time.perf_counter() - begin)
-    return 1e6 * best / calls
+    return 1e6 * best / (calls // 10)
 
 
-def rows(calls: int = CALLS) -> list[tuple[str, float]]:
-    """Return each call and its cost."""
+def rows(calls: int = CALLS) -> dict[str, float]:
+    """Return each call and its cost in microseconds; needs Triton."""
+    from triton.runtime.jit import JITFunction
+
     w = torch.randn(128, 128, dtype=torch.bfloat16)
     x = torch.randn(1, 128, dtype=torch.bfloat16)
     q = nf4.quantize(w)
     f = nf4.to_fragments(q)
     a, b = torch.randn(16, 128), torch.randn(128, 16)
-    out = torch.empty_like(w)
+    out, wide = torch.empty_like(w), (x.float(), w.float())
     functions: dict[str, Callable[[], Any]] = {
         "torch.empty": lambda: torch.empty(128, 128),
-        "torch.nn.functional.linear": lambda: torch.nn.functional.linear(x, w),
+        LINEAR: lambda: torch.nn.functional.linear(*wide),
         "nf4.quantize, no double quantization": lambda: nf4.quantize(
             w, double_quant=False, check=False
         ),
@@ -57,12 +83,48 @@ def rows(calls: int = CALLS) -> list[tuple[str, float]]:
         torch.no_grad(),
     ):
         operators.implementation.cache_clear()
-        found = [(name, microseconds(function, calls)) for name, function in functions.items()]
+        found = {name: microseconds(function, calls) for name, function in functions.items()}
     operators.implementation.cache_clear()
     return found
 
 
-if __name__ == "__main__":
+def once() -> dict[str, float]:
+    """Return what comes once, in milliseconds: the least of three new processes."""
+    names = ("import torch", "import nf4", "first nf4.quantize", "first nf4.linear, M = 1")
+    runs = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", ONCE], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"expected a new process to multiply, it said: {done.stderr}")
+        runs.append([1e3 * float(seconds) for seconds in done.stdout.split()])
+    return dict(zip(names, map(min, *runs), strict=True))
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
     lines = ["| call | host µs |", "|---|---|"]
-    lines += [f"| {name} | {cost:.1f} |" for name, cost in rows()]
-    print("\n".join(lines))  # noqa: T201  a benchmark's purpose is its table
+    lines += [f"| {name} | {cost:.1f} |" for name, cost in found["calls"].items()]
+    lines += ["", "| once | ms |", "|---|---|"]
+    lines += [f"| {name} | {cost:.0f} |" for name, cost in found["once"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, and write the file that was asked for."""
+    parser = argparse.ArgumentParser(description="Measure what calls cost the host.")
+    parser.add_argument("--out", help="file for the results as JSON")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {
+        "format": FORMAT,
+        "circumstances": circumstances(device),
+        "calls": rows(),
+        "once": once(),
+    }
+    print(tables(found), end="")  # noqa: T201  a benchmark's purpose is its table
+    if options.out is not None:
+        write_file(Path(options.out), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -32,6 +32,9 @@ def spread(loop: Callable[..., Any], items: range, grain: int, *args: Any) -> No
         *args: passed on.
     """
     threads = max(1, min(torch.get_num_threads(), len(items) // grain))
+    if threads == 1:
+        loop(*args, items.start, items.stop)
+        return
     edges = [items.start + len(items) * i // threads for i in range(threads + 1)]
     others = [
         _pool(threads - 1).submit(loop, *args, begin, end)

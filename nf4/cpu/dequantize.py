@@ -8,6 +8,7 @@ nf4/reference/dequantize.py in every bit.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numba
@@ -38,12 +39,6 @@ def scale_of(scales, b):  # type: ignore[no-untyped-def]
         return absmax[b]
     d = scale_map[codes[b]] * absmax2[b // ABSMAX_BLOCK_SIZE]
     return d + offset[0]
-
-
-@compiled
-def _absmax_loop(scales, out, begin, end):  # type: ignore[no-untyped-def]
-    for b in range(begin, end):
-        out[b] = scale_of(scales, b)
 
 
 # The loop writes strips begin to end. Strip s takes the blocks first + s * stride and the next,
@@ -90,10 +85,23 @@ class Weight(NamedTuple):
     block_size: int
 
 
-def _array(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> Any:
-    if tensor is None:
-        tensor = torch.empty(0, dtype=dtype)
-    return tensor.detach().reshape(-1).contiguous().numpy()
+_NO_SCALES, _NO_CODES = np.empty(0, np.float32), np.empty(0, np.uint8)
+
+
+def _array(tensor: Tensor) -> Any:
+    """Return a tensor as a flat array, without a copy if it is contiguous."""
+    return tensor.detach().contiguous().numpy().reshape(-1)
+
+
+@lru_cache
+def levels() -> Any:
+    """Return the sixteen levels in fp32."""
+    return nf4_levels(torch.device("cpu")).numpy()
+
+
+@lru_cache
+def _scale_map() -> Any:
+    return absmax_map(torch.device("cpu")).numpy()
 
 
 def as_weight(
@@ -109,31 +117,15 @@ def as_weight(
     if layout == "fragments":
         n, k = shape
         packed, absmax = repack(packed, absmax, n, k, "rows")
-    nested = absmax2 is not None
-    fp32, codes = (None, absmax) if nested else (absmax, None)
-    return Weight(
-        _array(packed),
-        _array(fp32),
-        _array(codes, torch.uint8),
-        _array(absmax2),
-        _array(offset),
-        block_size,
-    )
+    if absmax2 is None or offset is None:
+        return Weight(_array(packed), _array(absmax), _NO_CODES, _NO_SCALES, _NO_SCALES, block_size)
+    scales = _array(absmax), _array(absmax2), _array(offset)
+    return Weight(_array(packed), _NO_SCALES, *scales, block_size)
 
 
 def scales_of(weight: Weight) -> tuple[Any, ...]:
     """Return what `scale_of` reads."""
-    scale_map = _array(absmax_map(torch.device("cpu")))
-    return weight.absmax, weight.codes, weight.absmax2, weight.offset, scale_map
-
-
-def decoded_absmax(weight: Weight) -> Any:
-    """Return the fp32 scale of each block."""
-    if len(weight.absmax):
-        return weight.absmax
-    out = np.empty(len(weight.codes), np.float32)
-    spread(_absmax_loop, range(len(out)), GRAIN // 64, scales_of(weight), out)
-    return out
+    return weight.absmax, weight.codes, weight.absmax2, weight.offset, _scale_map()
 
 
 def dequantize_blocks(weight: Weight, first: int, out: Tensor, dtype: torch.dtype) -> None:
@@ -177,7 +169,7 @@ def _run(
         range(strips),
         -(-GRAIN // (form[2] * weight.block_size)),
         weight.packed,
-        _array(nf4_levels(torch.device("cpu"))),
+        levels(),
         scales_of(weight),
         weight.block_size // 2,
         _CODES.get(dtype, FP32),

@@ -6,49 +6,47 @@ Sums are taken in fp32, 32 at a time and always in the same order, and the weigh
 the dtype of x before: the result is no further from the exact one than nf4/reference/linear.py's.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
-from numba import literally
 from torch import Tensor
 
-from nf4.codebook import nf4_levels
 from nf4.cpu._lanes import dot_row
 from nf4.cpu._threads import spread
-from nf4.cpu.dequantize import Weight, compiled, decoded_absmax
+from nf4.cpu.dequantize import Weight, compiled, levels, scale_of, scales_of
 
-GROUPS = (4, 2, 1)  # rows of x that a pass over W serves; more do not fit the nearest cache
+# Rows of x that a pass over W serves, as constants to the compiler, which keeps their sums in
+# registers; more rows do not fit the nearest cache.
+_FOUR, _TWO, _ONE = 4, 2, 1
 GRAIN = 1 << 20  # weights worth a thread of their own
 
 
 @compiled
-def _loop(packed, levels, absmax, blocks, half, even, odd, group, y, begin, end):  # type: ignore[no-untyped-def]
-    sums = np.empty(4, np.float32)
-    k = blocks * half
-    for n in range(begin, end):
-        dot_row(levels, packed, n * k, absmax, n * blocks, blocks, half, even, odd, k, group, sums)
-        for m in range(len(y)):
-            y[m, n] = sums[m]
-
-
-# A group is a constant to the compiler: its sums stay in registers.
-@compiled
-def _rows_of_4(packed, levels, absmax, blocks, half, even, odd, y, begin, end):  # type: ignore[no-untyped-def]
-    _loop(packed, levels, absmax, blocks, half, even, odd, literally(4), y, begin, end)
-
-
-@compiled
-def _rows_of_2(packed, levels, absmax, blocks, half, even, odd, y, begin, end):  # type: ignore[no-untyped-def]
-    _loop(packed, levels, absmax, blocks, half, even, odd, literally(2), y, begin, end)
-
-
-@compiled
-def _rows_of_1(packed, levels, absmax, blocks, half, even, odd, y, begin, end):  # type: ignore[no-untyped-def]
-    _loop(packed, levels, absmax, blocks, half, even, odd, literally(1), y, begin, end)
-
-
-_LOOPS = dict(zip(GROUPS, (_rows_of_4, _rows_of_2, _rows_of_1), strict=True))
+def _loop(packed, table, scales, half, x, y, begin, end):  # type: ignore[no-untyped-def]
+    rows, k = len(x), x.shape[1] // 2
+    blocks = k // half
+    even, odd = np.empty((rows, k), np.float32), np.empty((rows, k), np.float32)
+    for m in range(rows):
+        for i in range(k):
+            even[m, i] = x[m, 2 * i]
+            odd[m, i] = x[m, 2 * i + 1]
+    absmax, sums = np.empty(blocks, np.float32), np.empty(_FOUR, np.float32)
+    m = 0
+    while m < rows:
+        group = _FOUR if rows - m >= _FOUR else _TWO if rows - m >= _TWO else _ONE
+        e, o = even[m : m + group], odd[m : m + group]
+        for n in range(begin, end):
+            for b in range(blocks):
+                absmax[b] = scale_of(scales, n * blocks + b)
+            p = n * k
+            if group == _FOUR:
+                dot_row(table, packed, p, absmax, 0, blocks, half, e, o, k, _FOUR, sums)
+            elif group == _TWO:
+                dot_row(table, packed, p, absmax, 0, blocks, half, e, o, k, _TWO, sums)
+            else:
+                dot_row(table, packed, p, absmax, 0, blocks, half, e, o, k, _ONE, sums)
+            for i in range(group):
+                y[m + i, n] = sums[i]
+        m += group
 
 
 def product(x: Tensor, weight: Weight, out_features: int) -> Tensor:
@@ -60,27 +58,16 @@ def product(x: Tensor, weight: Weight, out_features: int) -> Tensor:
         out_features: N.
     """
     m, k = x.shape
-    halves = x.float().view(m, k // 2, 2)
-    even, odd = (halves[..., i].contiguous().numpy() for i in (0, 1))
-    levels: Any = nf4_levels(torch.device("cpu")).numpy()
-    absmax = decoded_absmax(weight)
     y = torch.empty(m, out_features)
-    done = 0
-    while done < m:
-        group = next(g for g in GROUPS if g <= m - done)
-        rows = slice(done, done + group)
-        spread(
-            _LOOPS[group],
-            range(out_features),
-            -(-GRAIN // k),
-            weight.packed,
-            levels,
-            absmax,
-            k // weight.block_size,
-            weight.block_size // 2,
-            even[rows],
-            odd[rows],
-            y[rows].numpy(),
-        )
-        done += group
+    spread(
+        _loop,
+        range(out_features),
+        -(-GRAIN // k),
+        weight.packed,
+        levels(),
+        scales_of(weight),
+        weight.block_size // 2,
+        x.detach().float().contiguous().numpy(),
+        y.numpy(),
+    )
     return y

@@ -1,0 +1,40 @@
+"""What a small call costs the host, beside PyTorch's own; and what comes once."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="nf4's kernels need Triton")
+
+import nf4
+from nf4.bench import host_cost
+
+
+@pytest.mark.alone
+def test_a_small_product_costs_the_host_little_more_than_pytorch_s() -> None:
+    torch.use_deterministic_algorithms(False)  # which fill new memory
+    cost = host_cost.rows()
+    # 10 us beyond F.linear on a machine where that takes 3.3, and on a slower one as much more
+    beyond = cost["nf4.linear, M = 1"] - cost[host_cost.LINEAR]
+    assert beyond <= 10 * max(1, cost[host_cost.LINEAR] / 3.3), cost
+
+
+def test_host_cost_measures_each_call_and_puts_the_operators_back() -> None:
+    cost = host_cost.rows(calls=20)
+    assert len(cost) == 8 and all(value > 0 for value in cost.values())
+    assert cost["nf4.linear, M = 1"] > cost["torch.empty"]
+    q = nf4.quantize(torch.ones(64))
+    assert torch.equal(nf4.dequantize(q), torch.ones(64))
+
+
+def test_host_cost_prints_tables_and_writes_a_file(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(host_cost, "CALLS", 20)
+    monkeypatch.setattr(sys, "argv", ["host_cost.py", "--out", str(tmp_path / "found.json")])
+    host_cost.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["format"] == host_cost.FORMAT and found["circumstances"]["versions"]["torch"]
+    assert found["once"]["import nf4"] > 0 and found["once"]["first nf4.linear, M = 1"] > 0
+    assert capsys.readouterr().out == host_cost.tables(found)
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
