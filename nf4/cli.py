@@ -6,9 +6,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
+
+from nf4.bench_command import add_bench
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,21 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_quantize(commands)
     _add_error(commands)
-    bench = commands.add_parser(
-        "bench",
-        help="count what the kernels use on GPUs that are not here, or tune them on one that is",
-        description="--compile: compile every kernel ahead of time and print registers, spills, "
-        "shared memory and, for NVIDIA, instructions per weight and the width of loads and stores; "
-        "needs Triton, no GPU. --tune: measure which product kernel and which tile is fastest on "
-        "this GPU, and keep it for later runs. The scripts bench/bench_*.py measure time.",
-    )
-    mode = bench.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--compile", action="store_true", help="compile and count")
-    mode.add_argument("--tune", action="store_true", help="measure and choose")
-    bench.add_argument("--target", nargs="+", help="GPUs such as sm_90 or gfx942 (default: all)")
-    bench.add_argument("--shapes", nargs="+", metavar="NxK", help="weights to tune for")
-    bench.add_argument("--json", action="store_true", help="print the result as JSON")
-    bench.set_defaults(run=_bench)
+    add_bench(commands)
     check = commands.add_parser(
         "verify",
         help="check every operator on this machine against its reference and float64",
@@ -263,22 +250,6 @@ def _demo(options: argparse.Namespace) -> None:
         print_result(result, Console())
 
 
-def _bench(options: argparse.Namespace) -> None:
-    if options.tune:
-        _tune(options)
-        return
-    from nf4.progress import progress_bar
-
-    compiler = import_module("nf4.kernels._report")
-    targets = compiler.check_targets(options.target or compiler.TARGETS)
-    with progress_bar("Compile", len(compiler.compilations(targets))) as bar:
-        rows = compiler.compile_all(targets, bar.step)
-    if options.json:
-        sys.stdout.write(json.dumps([asdict(row) for row in rows]) + "\n")
-        return
-    sys.stdout.write(compiler.table(rows))
-
-
 def _verify(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
@@ -310,20 +281,6 @@ def _verify_table(rows: Sequence[Any]) -> Any:
         share = "" if nearest is None else f"{100 * nearest:.0f} %"
         table.add_row(name, against, str(len(own)), str(wrong), share)
     return table
-
-
-def _tune(options: argparse.Namespace) -> None:
-    from nf4.progress import progress_bar
-
-    tuner = import_module("nf4.gpu.tune")
-    shapes = tuner.parse_shapes(options.shapes) if options.shapes else tuner.SHAPES
-    gpu = tuner.find_gpu()
-    with progress_bar("Measure", len(shapes)) as bar:
-        path = tuner.tune(shapes, gpu, bar.step)
-    if options.json:
-        sys.stdout.write(path.read_text(encoding="utf-8"))
-        return
-    sys.stdout.write(f"{path}\n")
 
 
 def _free_folder(name: str) -> Path:

@@ -64,12 +64,11 @@ def _table(context: Any, builder: Any, entries: Any) -> Any:
         entries: the table, <16 x i32>.
 
     Returns:
-        Takes an index, <16 x i32> from 0 to 15, and returns <16 x i32>.
+        Takes an index, <16 x i32> as `_nibbles` returns, and returns <16 x i32>.
     """
-    features = context.codegen()._tm_features.split(",")
-    if "+avx512f" in features:
+    if _has(context, "avx512f"):
         return lambda index: _call(builder, "llvm.x86.avx512.permvar.si.512", entries, index)
-    if "+avx2" in features:
+    if _has(context, "avx2"):
         return lambda index: _by_halves(builder, entries, index)
     memory = cgutils.alloca_once_value(builder, entries)
     first = builder.bitcast(memory, _I32.as_pointer())
@@ -126,10 +125,17 @@ def _within_fp16(builder: Any, bits: Any, rounded: Any) -> Any:
     return rounded
 
 
-def _nibbles(builder: Any, bytes_: Any) -> tuple[Any, Any]:
-    """Return the high and the low nibbles of sixteen bytes, <16 x i32> each."""
+def _has(context: Any, feature: str) -> bool:
+    """Return whether the CPU that is compiled for has some instructions."""
+    return f"+{feature}" in context.codegen()._tm_features.split(",")
+
+
+def _nibbles(context: Any, builder: Any, bytes_: Any) -> tuple[Any, Any]:
+    """Return the high and the low nibbles of sixteen bytes as indices of `_table`."""
     wide = builder.zext(_load(builder, bytes_, _vector(_I8), align=1), _vector(_I32))
-    return builder.lshr(wide, _all(4)), builder.and_(wide, _all(15))
+    # A permutation of AVX-512 reads the lowest four bits only
+    low = wide if _has(context, "avx512f") else builder.and_(wide, _all(15))
+    return builder.lshr(wide, _all(4)), low
 
 
 def _check_arrays(*arrays: tuple[Any, Any]) -> None:
@@ -172,7 +178,7 @@ def expand_block(typing_context, levels, scale, dtype, packed, p, half, out, o):
         chunks = builder.udiv(args[5], context.get_constant(types.intp, CHUNK))
         with cgutils.for_range(builder, chunks, intp=_I64) as chunk:
             at = builder.mul(chunk.index, context.get_constant(types.intp, CHUNK))
-            high, low = _nibbles(builder, builder.gep(source, [at]))
+            high, low = _nibbles(context, builder, builder.gep(source, [at]))
             place = builder.gep(target, [builder.shl(at, ir.Constant(_I64, 1))])
             if to_16:
                 pairs = builder.or_(look_up(high), builder.shl(look_up(low), _all(16)))
@@ -270,22 +276,42 @@ def dot_row(typing_context, levels, packed, p, absmax, a, blocks, half, even, od
         look_up = _table(context, builder, _load(builder, table, _vector(_I32)))
         zero = ir.Constant(_vector(_F32), [0.0] * _LANES)
         totals = [cgutils.alloca_once_value(builder, zero) for _ in range(2 * rows)]
-        chunks = builder.udiv(args[6], intp(types.intp, CHUNK))
-        with cgutils.for_range(builder, args[5], intp=_I64) as block:
-            scale = _load(builder, builder.gep(start[1], [block.index]), _F32)
-            scales = _splat(builder, scale)
-            begin = builder.mul(block.index, args[6])
-            with cgutils.for_range(builder, chunks, intp=_I64) as chunk:
+
+        def add_chunk(at: Any, sums: list[Any], scales: Any = None) -> list[Any]:
+            """Return sums plus the products of 16 bytes, times scales if given."""
+            for i, code in enumerate(_nibbles(context, builder, builder.gep(start[0], [at]))):
+                w = builder.bitcast(look_up(code), _vector(_F32))
+                w = w if scales is None else builder.fmul(w, scales)
+                for row in range(rows):
+                    where = builder.add(at, builder.mul(args[9], intp(types.intp, row)))
+                    x = _load(builder, builder.gep((x_even, x_odd)[i], [where]), _vector(_F32))
+                    sums[2 * row + i] = _multiply_add(builder, w, x, sums[2 * row + i])
+            return sums
+
+        def add_block(block: Any, chunks: int | None) -> None:
+            """Add a block of so many chunks, unrolled, or of any number."""
+            scale = _load(builder, builder.gep(start[1], [block]), _F32)
+            scales, begin = _splat(builder, scale), builder.mul(block, args[6])
+            if chunks is not None and rows == 1:  # scaled as a whole: fewer products
+                sums = [zero, zero]
+                for i in range(chunks):
+                    sums = add_chunk(builder.add(begin, intp(types.intp, i * CHUNK)), sums)
+                for total, found in zip(totals, sums, strict=True):
+                    added = _multiply_add(builder, found, scales, builder.load(total))
+                    builder.store(added, total)
+                return
+            count = builder.udiv(args[6], intp(types.intp, CHUNK))
+            with cgutils.for_range(builder, count, intp=_I64) as chunk:
                 at = builder.add(begin, builder.mul(chunk.index, intp(types.intp, CHUNK)))
-                codes = _nibbles(builder, builder.gep(start[0], [at]))
-                for i, (code, x) in enumerate(zip(codes, (x_even, x_odd), strict=True)):
-                    w = builder.bitcast(look_up(code), _vector(_F32))
-                    w = builder.fmul(w, scales)
-                    for row in range(rows):
-                        where = builder.add(at, builder.mul(args[9], intp(types.intp, row)))
-                        values = _load(builder, builder.gep(x, [where]), _vector(_F32))
-                        total = totals[2 * row + i]
-                        builder.store(_multiply_add(builder, w, values, builder.load(total)), total)
+                found = add_chunk(at, [builder.load(total) for total in totals], scales)
+                for total, value in zip(totals, found, strict=True):
+                    builder.store(value, total)
+
+        usual = builder.icmp_signed("==", args[6], intp(types.intp, 2 * CHUNK))
+        with builder.if_else(usual) as (then, otherwise):
+            for branch, chunks in ((then, 2), (otherwise, None)):
+                with branch, cgutils.for_range(builder, args[5], intp=_I64) as block:
+                    add_block(block.index, chunks)
         for row in range(rows):
             both = builder.fadd(*(builder.load(t) for t in totals[2 * row : 2 * row + 2]))
             place = builder.gep(target, [ir.Constant(_I64, row)])

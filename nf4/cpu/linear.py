@@ -106,17 +106,17 @@ def has_column_slabs(rows: int, columns: int, block_size: int) -> bool:
     return columns % block_size == 0 and rows * block_size <= MOST_COLUMNS
 
 
-def add_product(y: Tensor, x: Tensor, weight: Weight) -> Tensor:
-    """Add x @ W.T to y, in bf16 with one rounding of the sum, and return it."""
+def add_product(y: Tensor, x: Tensor, weight: Weight, beta: int = 1) -> Tensor:
+    """Add x @ W.T to beta * y, in bf16 with one rounding of the sum, and return it."""
     for rows, w in _row_slabs(weight, (y.shape[1], x.shape[1]), x.dtype, x.dtype):
-        y[:, rows].addmm_(x, w.T)
+        y[:, rows].addmm_(x, w.T, beta=beta)
     return y
 
 
-def add_product_backward(dx: Tensor, dy: Tensor, weight: Weight) -> Tensor:
-    """Add dy @ W to dx, as `add_product` does; `has_column_slabs` must hold."""
+def add_product_backward(dx: Tensor, dy: Tensor, weight: Weight, beta: int = 1) -> Tensor:
+    """Add dy @ W to beta * dx, as `add_product` does; `has_column_slabs` must hold."""
     for columns, w in _column_slabs(weight, (dy.shape[1], dx.shape[1]), dy.dtype, dy.dtype):
-        dx[:, columns].addmm_(dy, w)
+        dx[:, columns].addmm_(dy, w, beta=beta)
     return dx
 
 
@@ -184,7 +184,9 @@ def linear(
     weight = as_weight(packed, absmax, absmax2, offset, (out_features, k), block_size, layout)
     if path(m, k, x.dtype, block_size) == "bf16":
         y = new_empty((m, out_features), x.dtype)
-        y = add_product(y.zero_() if bias is None else y.copy_(bias), rows, weight)
+        if bias is not None:
+            y.copy_(bias)
+        add_product(y, rows, weight, beta=int(bias is not None))
     elif accumulator(x.dtype) == x.dtype:
         y = product(rows, weight, out_features)
         y = y if bias is None else y.add_(bias)
@@ -212,7 +214,7 @@ def linear_backward(
     weight = as_weight(packed, absmax, absmax2, offset, (n, in_features), block_size, layout)
     dx = new_empty((m, in_features), dy.dtype)
     if in_bf16(dy.dtype) and has_column_slabs(n, in_features, block_size):
-        add_product_backward(dx.zero_(), rows, weight)
+        add_product_backward(dx, rows, weight, beta=0)
     elif accumulator(dy.dtype) == dy.dtype:
         dx = product_backward(rows, weight, in_features)
     else:

@@ -29,8 +29,9 @@ from nf4.reference.linear import accumulator
 def _scaled(a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """Return scale * a @ b + bias in bf16, rounded once."""
     out = new_empty((a.shape[0], b.shape[1]), a.dtype)
-    out = out.zero_() if bias is None else out.copy_(bias)
-    return out.addmm_(a, b, alpha=scale)
+    if bias is not None:
+        out.copy_(bias)
+    return out.addmm_(a, b, beta=int(bias is not None), alpha=scale)
 
 
 def lora_linear(
