@@ -69,7 +69,7 @@ class QuantizedModule(nn.Module):
         absmax2, offset = parameters["absmax2"], parameters["offset"]
         # In rows it is kept while its tensors are the module's: with what is known of them, see
         # `check_nf4`. A view of fragments would not follow a tensor that is given other memory.
-        held = self.__dict__.get("_rows")
+        held: NF4Tensor | None = self.__dict__.get("_rows")
         if (
             held is not None
             and (held.packed is packed and held.absmax is absmax)

@@ -19,11 +19,10 @@ from torch import Tensor
 from nf4.codebook import ABSMAX_BLOCK_SIZE, absmax_map, nf4_levels
 from nf4.cpu._lanes import BF16, FP16, FP32, expand_block
 from nf4.cpu._memory import new_empty
-from nf4.cpu._threads import spread
+from nf4.cpu._threads import fork, spread
 from nf4.reference.repack import repack
 
-# Elements worth a thread of their own: 0.12 ms of work, against 0.05 to wake one.
-GRAIN = 1 << 19
+GRAIN = 1 << 17  # elements worth a thread of their own: 20 microseconds of work
 STRIP = 256  # blocks of a flat result that a thread takes at a time
 
 _CODES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16}
@@ -72,6 +71,11 @@ def _block(packed, levels, scale, half, dtype, p, out, o):  # type: ignore[no-un
         expand_block(levels, scale, FP16, packed, p, half, out, o)
     else:
         expand_block(levels, scale, FP32, packed, p, half, out, o)
+
+
+@compiled
+def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+    fork(_loop, args, begin, end, team)
 
 
 class Weight(NamedTuple):
@@ -165,7 +169,7 @@ def _run(
     """Run a loop over strips of the form first, stride, width, pitch; see there."""
     as_bf16 = out.dtype == torch.bfloat16
     spread(
-        _loop,
+        _share,
         range(strips),
         -(-GRAIN // (form[2] * weight.block_size)),
         weight.packed,

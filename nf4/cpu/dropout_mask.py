@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nf4.cpu._memory import new_empty
-from nf4.cpu._threads import spread
+from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 from nf4.dropout import dropout_threshold
 
@@ -44,6 +44,11 @@ def _loop(key, threshold, kept, begin, end):  # type: ignore[no-untyped-def]
                 kept[8 * (first + i) + j] = half >= threshold
 
 
+@compiled
+def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+    fork(_loop, args, begin, end, team)
+
+
 def dropout_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
     """Return which elements dropout keeps; arguments as in nf4/reference/dropout_mask.py."""
     kept = new_empty(shape, torch.bool)
@@ -51,7 +56,7 @@ def dropout_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
     key = np.uint64(int(seed) & (1 << 64) - 1)
     threshold = np.uint64(dropout_threshold(p))
     count = -(-flat.numel() // (8 * _LANES))
-    spread(_loop, range(count), GRAIN // _LANES, key, threshold, flat.numpy())
+    spread(_share, range(count), GRAIN // _LANES, key, threshold, flat.numpy())
     return kept
 
 

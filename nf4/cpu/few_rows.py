@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from nf4.cpu._lanes import dot_row
-from nf4.cpu._threads import spread
+from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import Weight, compiled, levels, scale_of, scales_of
 
 # Rows of x that a pass over W serves, as constants to the compiler, which keeps their sums in
 # registers; more rows do not fit the nearest cache.
 _FOUR, _TWO, _ONE = 4, 2, 1
-GRAIN = 1 << 20  # weights worth a thread of their own
+GRAIN = 1 << 17  # weights worth a thread of their own: 10 microseconds of work
 
 
 @compiled
@@ -49,6 +49,11 @@ def _loop(packed, table, scales, half, x, y, begin, end):  # type: ignore[no-unt
         m += group
 
 
+@compiled
+def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+    fork(_loop, args, begin, end, team)
+
+
 def product(x: Tensor, weight: Weight, out_features: int) -> Tensor:
     """Return x @ W.T in fp32.
 
@@ -60,7 +65,7 @@ def product(x: Tensor, weight: Weight, out_features: int) -> Tensor:
     m, k = x.shape
     y = torch.empty(m, out_features)
     spread(
-        _loop,
+        _share,
         range(out_features),
         -(-GRAIN // k),
         weight.packed,

@@ -12,12 +12,11 @@ from torch import Tensor
 from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
 from nf4.cpu._lanes import encode_block
 from nf4.cpu._memory import new_empty
-from nf4.cpu._threads import spread
+from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 
 SLAB = 1 << 20  # elements, whole blocks of every size
-# Elements worth a thread of their own: half a millisecond of work, against 0.05 to wake one.
-GRAIN = 1 << 19
+GRAIN = 1 << 15  # elements worth a thread of their own: 20 microseconds of work
 
 
 # Writes blocks begin to end of a slab. The last block of a tensor may be short, its last byte too.
@@ -62,6 +61,11 @@ def _loop(fp32, bf16, thresholds, block_size, packed, absmax, begin, end):  # ty
                 bytes_[i] = last[i]
 
 
+@compiled
+def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+    fork(_loop, args, begin, end, team)
+
+
 def quantize(
     w: Tensor, block_size: int, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -82,7 +86,7 @@ def quantize(
         else:
             fp32, bf16 = slab.float().numpy(), none16
         spread(
-            _loop,
+            _share,
             range(-(-slab.numel() // block_size)),
             GRAIN // block_size,
             fp32,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, SMALLEST_ABSMAX, absmax_thresholds
-from nf4.cpu._threads import spread
+from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 
 GRAIN = 64  # parts of 256 scales worth a thread of their own
@@ -41,6 +41,11 @@ def _loop(absmax, offset, thresholds, codes, absmax2, begin, end):  # type: igno
             codes[part * ABSMAX_BLOCK_SIZE + i] = below
 
 
+@compiled
+def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+    fork(_loop, args, begin, end, team)
+
+
 def quantize_absmax(
     absmax: Tensor, out: tuple[Tensor, Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +58,7 @@ def quantize_absmax(
     codes = torch.empty(blocks, dtype=torch.uint8)
     absmax2 = torch.empty(-(-blocks // ABSMAX_BLOCK_SIZE), dtype=torch.float32)
     spread(
-        _loop,
+        _share,
         range(len(absmax2)),
         GRAIN,
         absmax.numpy(),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
-from nf4.cpu._threads import spread
+from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 from nf4.scale_search import (
     CANDIDATES,
@@ -129,6 +129,11 @@ def _loop(x, n, weights, thresholds, levels, ratios, signed, block_size, codes, 
             out[i] = level[i]
 
 
+@compiled
+def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+    fork(_loop, args, begin, end, team)
+
+
 def quantize_mse(
     w: Tensor,
     block_size: int,
@@ -154,7 +159,7 @@ def quantize_mse(
             slab = torch.nn.functional.pad(slab, (0, blocks * block_size - count))
         codes = torch.empty(blocks * block_size, dtype=torch.uint8)
         spread(
-            _loop,
+            _share,
             range(blocks),
             max(GRAIN // block_size, 1),
             slab.numpy(),
