@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,22 +46,40 @@ def define(
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "CompositeExplicitAutograd")(compute)
     torch.library.register_fake(qualified)(fake)
+    eager = None
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    _OPERATORS[name] = (compute, getattr(torch.ops.nf4, name).default)
+    if backward is not None and setup_context is not None:
+        eager = _eager(compute, backward, setup_context)
+    _OPERATORS[name] = (compute, eager, getattr(torch.ops.nf4, name).default)
 
 
-# name: what computes it, and the operator itself
-_OPERATORS: dict[str, tuple[Callable[..., Any], Any]] = {}
+def _eager(
+    compute: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return an operator with its gradient, without PyTorch's dispatcher."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = compute(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type("NF4", (torch.autograd.Function,), methods)
+    return cast(Callable[..., Any], function.apply)
+
+
+# name: what computes it, the same with a gradient if it has one, and the operator itself
+_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Any]] = {}
 
 
 def call(name: str, *args: Any) -> Any:
     """Call an operator, past PyTorch's dispatcher where nobody asks for it.
 
-    The dispatcher costs more than some kernels take. It is needed for gradients, for subclasses and
-    modes (fake tensors, torch.compile, torch.func), and while tracing.
+    The dispatcher costs more than some kernels take, with gradients 150 us. It is needed for
+    subclasses and modes (fake tensors, torch.compile, torch.func), and while tracing.
     """
-    compute, operator = _OPERATORS[name]
+    compute, eager, operator = _OPERATORS[name]
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -70,14 +88,15 @@ def call(name: str, *args: Any) -> Any:
         or args[0].is_meta  # all are on one device
     ):
         return operator(*args)
-    grad = torch.is_grad_enabled()
+    grad, found = torch.is_grad_enabled(), False
     for a in args:
         kind = type(a)
         if kind in _PLAIN:
-            if grad and a.requires_grad:
-                return operator(*args)
+            found = found or (grad and a.requires_grad)
         elif kind not in _NO_TENSORS and isinstance(a, Tensor):
             return operator(*args)
+    if found:
+        return operator(*args) if eager is None else eager(*args)
     return compute(*args)
 
 
@@ -307,7 +326,7 @@ def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.nf4.linear_backward(dy, *ctx.saved_tensors, ctx.in_features, *ctx.form)
+        dx = call("linear_backward", dy, *ctx.saved_tensors, ctx.in_features, *ctx.form)
     if ctx.needs_input_grad[5]:
         rows = dy.reshape(-1, dy.shape[-1])
         dbias = rows.sum(dim=0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
@@ -364,8 +383,18 @@ def _lora_linear_autograd(ctx: Any, dy: Tensor, dt: None) -> tuple[Tensor | None
     *tensors, lora_A, lora_B, seed = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 5, 6, 7)]
     block_size, layout = ctx.form
-    grads = torch.ops.nf4.lora_linear_backward(
-        dy, *tensors, lora_A, lora_B, ctx.scaling, ctx.dropout_p, seed, block_size, needs, layout
+    grads = call(
+        "lora_linear_backward",
+        dy,
+        *tensors,
+        lora_A,
+        lora_B,
+        ctx.scaling,
+        ctx.dropout_p,
+        seed,
+        block_size,
+        needs,
+        layout,
     )
     dtypes = (dy.dtype, ctx.bias_dtype, lora_A.dtype, lora_B.dtype)
     dx, dbias, dA, dB = (

@@ -347,9 +347,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     dense = dequantize.dequantize(*args)
     assert torch.equal(dense, reference_dequantize.dequantize(*args))
     x = torch.randn(7, 4096)
-    weight = dequantize.as_weight(*args[:6], "rows")
     exact = x.double() @ reference_dequantize.dequantize(*args[:6], torch.float64).T
-    y = few_rows.product(x, weight, 9)
+    y = few_rows.product(x, packed, absmax, None, None, None, 9, 64)
     assert (y - exact).norm() <= 4096**0.5 * 2**-24 * exact.norm()
 assert not any("zmm" in asm for asm in dequantize._loop.inspect_asm().values())
 """

@@ -153,6 +153,16 @@ def _splat(builder: Any, value: Any) -> Any:
 
 
 @intrinsic
+def pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """Return an address as a pointer, for ``numba.carray``."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.intp), generate
+
+
+@intrinsic
 def expand_block(typing_context, levels, scale, dtype, packed, p, half, out, o):  # type: ignore[no-untyped-def]
     """Write the elements of a block of ``half`` bytes packed[p:] to out[o:].
 

@@ -28,29 +28,29 @@ def spread(share: Callable[..., Any], items: range, grain: int, *args: Any) -> N
     """Run a loop over the parts of a range, one part a thread.
 
     Args:
-        share: a compiled function that hands ``(args, begin, end, team)`` on to `fork`.
+        share: a compiled function that takes ``(*args, begin, end, team)`` and calls `fork`.
         items: what to go over.
         grain: fewest items worth a thread.
-        *args: of the loop.
+        *args: of it.
 
     Raises:
         MemoryError: a thread found no memory.
     """
     threads = min(torch.get_num_threads(), len(items) // grain)
     if threads < 2:
-        share(args, items.start, items.stop, ALONE)
+        share(*args, items.start, items.stop, ALONE)
         return
     found = _openmp()
     if found is not None:
         # All threads: fewer would end the others, and start them anew for the next product
-        share(args, items.start, items.stop, (torch.get_num_threads(), *found))
+        share(*args, items.start, items.stop, (torch.get_num_threads(), *found))
         return
     edges = [items.start + len(items) * i // threads for i in range(threads + 1)]
     others = [
-        _pool(threads - 1).submit(share, args, begin, end, ALONE)
+        _pool(threads - 1).submit(share, *args, begin, end, ALONE)
         for begin, end in zip(edges[1:], edges[2:], strict=False)
     ]
-    share(args, edges[0], edges[1], ALONE)
+    share(*args, edges[0], edges[1], ALONE)
     for other in others:
         other.result()
 

@@ -74,7 +74,8 @@ def _block(packed, levels, scale, half, dtype, p, out, o):  # type: ignore[no-un
 
 
 @compiled
-def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+def _share(packed, levels, scales, half, dtype, form, out, begin, end, team):  # type: ignore[no-untyped-def]
+    args = (packed, levels, scales, half, dtype, form, out)
     fork(_loop, args, begin, end, team)
 
 
@@ -104,8 +105,19 @@ def levels() -> Any:
 
 
 @lru_cache
-def _scale_map() -> Any:
+def scale_map() -> Any:
+    """Return what the 256 codes of scales stand for, in fp32."""
     return absmax_map(torch.device("cpu")).numpy()
+
+
+def in_rows(
+    packed: Tensor, absmax: Tensor, shape: Sequence[int], layout: str
+) -> tuple[Tensor, Tensor]:
+    """Return the bytes and scales of a weight in rows, whatever their layout."""
+    if layout == "fragments":
+        n, k = shape
+        packed, absmax = repack(packed, absmax, n, k, "rows")
+    return packed, absmax
 
 
 def as_weight(
@@ -118,9 +130,7 @@ def as_weight(
     layout: str,
 ) -> Weight:
     """Return the parts of a weight in rows as numpy arrays, without a copy where that goes."""
-    if layout == "fragments":
-        n, k = shape
-        packed, absmax = repack(packed, absmax, n, k, "rows")
+    packed, absmax = in_rows(packed, absmax, shape, layout)
     if absmax2 is None or offset is None:
         return Weight(_array(packed), _array(absmax), _NO_CODES, _NO_SCALES, _NO_SCALES, block_size)
     scales = _array(absmax), _array(absmax2), _array(offset)
@@ -129,7 +139,7 @@ def as_weight(
 
 def scales_of(weight: Weight) -> tuple[Any, ...]:
     """Return what `scale_of` reads."""
-    return weight.absmax, weight.codes, weight.absmax2, weight.offset, _scale_map()
+    return weight.absmax, weight.codes, weight.absmax2, weight.offset, scale_map()
 
 
 def dequantize_blocks(weight: Weight, first: int, out: Tensor, dtype: torch.dtype) -> None:

@@ -45,7 +45,8 @@ def _loop(key, threshold, kept, begin, end):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+def _share(key, threshold, kept, begin, end, team):  # type: ignore[no-untyped-def]
+    args = (key, threshold, kept)
     fork(_loop, args, begin, end, team)
 
 

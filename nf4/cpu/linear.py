@@ -20,7 +20,13 @@ from torch import Tensor
 
 from nf4.cpu import few_rows
 from nf4.cpu._memory import new_empty
-from nf4.cpu.dequantize import Weight, as_weight, dequantize_blocks, dequantize_columns
+from nf4.cpu.dequantize import (
+    Weight,
+    as_weight,
+    dequantize_blocks,
+    dequantize_columns,
+    in_rows,
+)
 from nf4.reference.linear import accumulator
 from nf4.scratch import scratch
 
@@ -122,11 +128,9 @@ def add_product_backward(dx: Tensor, dy: Tensor, weight: Weight, beta: int = 1) 
 
 def product(x: Tensor, weight: Weight, out_features: int) -> Tensor:
     """Return x @ W.T for x ``[M, K]``, fp32 (fp64 for fp64) and not yet rounded."""
-    m, k = x.shape
-    if path(m, k, x.dtype, weight.block_size) == "few rows":
-        return few_rows.product(x, weight, out_features)
     wide = widened(x)
-    y = new_empty((m, out_features), wide.dtype)
+    k = x.shape[1]
+    y = new_empty((x.shape[0], out_features), wide.dtype)
     for rows, w in _row_slabs(weight, (out_features, k), x.dtype, torch.float32):
         torch.mm(wide, w.to(wide.dtype).T, out=y[:, rows])
     return y.zero_() if k == 0 else y
@@ -181,8 +185,14 @@ def linear(
     """Return x @ W.T + bias; arguments as in nf4/reference/linear.py."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     m, k = rows.shape
-    weight = as_weight(packed, absmax, absmax2, offset, (out_features, k), block_size, layout)
-    if path(m, k, x.dtype, block_size) == "bf16":
+    shape, how = (out_features, k), path(m, k, x.dtype, block_size)
+    if how == "few rows":
+        packed, absmax = in_rows(packed, absmax, shape, layout)
+        scales = absmax, absmax2, offset
+        y = few_rows.product(rows, packed, *scales, bias, out_features, block_size)
+        return y.view(*x.shape[:-1], out_features)
+    weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
+    if how == "bf16":
         y = new_empty((m, out_features), x.dtype)
         if bias is not None:
             y.copy_(bias)

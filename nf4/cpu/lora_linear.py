@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nf4.cpu import few_rows
 from nf4.cpu._memory import new_empty
-from nf4.cpu.dequantize import Weight, as_weight
+from nf4.cpu.dequantize import Weight, as_weight, in_rows
 from nf4.cpu.dropout_mask import drop, dropout_mask
 from nf4.cpu.linear import (
     add_product,
@@ -52,10 +53,17 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return y and t; arguments as in nf4/reference/lora_linear.py."""
     (m, k), n = x.shape, lora_B.shape[0]
-    weight = as_weight(packed, absmax, absmax2, offset, (n, k), block_size, layout)
     a, b = (matrix.to(x.dtype) for matrix in (lora_A, lora_B))
     dropped, kept = drop(x, dropout_p, seed), 1 - dropout_p
-    if path(m, k, x.dtype, block_size) == "bf16":
+    how = path(m, k, x.dtype, block_size)
+    if how == "few rows":
+        packed, absmax = in_rows(packed, absmax, (n, k), layout)
+        scales = absmax, absmax2, offset
+        wide = few_rows.product(x, packed, *scales, bias, n, block_size, rounded=False)
+        t = (widened(dropped) @ widened(a).T).div_(kept).to(x.dtype)
+        return wide.addmm_(widened(t), widened(b).T, alpha=scaling).to(x.dtype), t
+    weight = as_weight(packed, absmax, absmax2, offset, (n, k), block_size, layout)
+    if how == "bf16":
         t = _scaled(dropped, a.T, 1 / kept)
         return add_product(_scaled(t, b.T, scaling, bias), x, weight), t
     y, t = new_empty((m, n), x.dtype), x.new_empty(m, a.shape[0])
@@ -106,7 +114,7 @@ def lora_linear_backward(
     if x is not None and u is not None:
         dA = _across(u, drop(x, dropout_p, seed)).div_(1 - dropout_p)
     if t is not None:
-        dB = _across(dy, t).mul_(scaling)
+        dB = _across(t, dy).mul_(scaling).T.contiguous()  # wide rows: the library's better side
     return dx, dbias, dA, dB
 
 

@@ -62,7 +62,8 @@ def _loop(fp32, bf16, thresholds, block_size, packed, absmax, begin, end):  # ty
 
 
 @compiled
-def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+def _share(fp32, bf16, thresholds, block_size, packed, absmax, begin, end, team):  # type: ignore[no-untyped-def]
+    args = (fp32, bf16, thresholds, block_size, packed, absmax)
     fork(_loop, args, begin, end, team)
 
 

@@ -42,7 +42,8 @@ def _loop(absmax, offset, thresholds, codes, absmax2, begin, end):  # type: igno
 
 
 @compiled
-def _share(args, begin, end, team):  # type: ignore[no-untyped-def]
+def _share(absmax, offset, thresholds, codes, absmax2, begin, end, team):  # type: ignore[no-untyped-def]
+    args = (absmax, offset, thresholds, codes, absmax2)
     fork(_loop, args, begin, end, team)
 
 

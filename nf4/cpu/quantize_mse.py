@@ -158,10 +158,7 @@ def quantize_mse(
         if count % block_size:
             slab = torch.nn.functional.pad(slab, (0, blocks * block_size - count))
         codes = torch.empty(blocks * block_size, dtype=torch.uint8)
-        spread(
-            _share,
-            range(blocks),
-            max(GRAIN // block_size, 1),
+        args = (
             slab.numpy(),
             count,
             np.roll(columns, -begin % len(columns)) if len(columns) else columns,
@@ -173,6 +170,7 @@ def quantize_mse(
             codes.numpy(),
             absmax[begin // block_size :].numpy(),
         )
+        spread(_share, range(blocks), max(GRAIN // block_size, 1), args)
         codes = codes[: count + count % 2]
         packed[begin // 2 : begin // 2 + len(codes) // 2] = codes[0::2] << 4 | codes[1::2]
     return (packed, absmax) if out is None else (out[0].copy_(packed), out[1].copy_(absmax))
