@@ -14,6 +14,7 @@ pytest.importorskip("numba", reason="nf4.cpu needs numba")
 import nf4
 from nf4 import operators, reference
 from nf4.codebook import BLOCK_SIZES
+from nf4.cpu import across as cpu_across
 from nf4.cpu import dequantize as cpu_dequantize
 from nf4.cpu import dropout_mask as cpu_dropout_mask
 from nf4.cpu import linear as cpu_linear
@@ -188,6 +189,19 @@ def test_cpu_dropout_mask_equals_reference(shape, seed, monkeypatch) -> None:
     for p in (0.0, 0.05, 0.5):
         ours = cpu_dropout_mask.dropout_mask(*args, p)
         assert torch.equal(ours, reference_dropout_mask.dropout_mask(*args, p))
+
+
+@pytest.mark.parametrize("r", [1, 8, 13, 64])
+@pytest.mark.parametrize(("m", "n"), [(1, 32), (7, 96), (300, 1056)])
+def test_cpu_across_sums_outer_products_in_fp32(m, n, r, monkeypatch) -> None:
+    monkeypatch.setattr(cpu_across, "GRAIN", 1)
+    a, b = torch.randn(m, r).bfloat16(), torch.randn(m, n).bfloat16()
+    assert cpu_across.fits(a, b) and not cpu_across.fits(a, b[:, 1:])
+    ours, exact = cpu_across.across(a, b), a.double().T @ b.double()
+    assert ours.shape == (r, n) and ours.dtype == torch.float32
+    # Sums of m products, exact in fp32, each rounded to 2**-24 of what is summed so far
+    bound = m * 2**-24 * (a.double().abs().T @ b.double().abs())
+    assert ((ours - exact).abs() <= bound).all()
 
 
 @pytest.fixture(params=["bf16", "fp32"])

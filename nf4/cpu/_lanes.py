@@ -330,3 +330,48 @@ def dot_row(typing_context, levels, packed, p, absmax, a, blocks, half, even, od
 
     kinds = (levels, packed, types.intp, absmax, types.intp, types.intp, types.intp)
     return types.void(*kinds, even, odd, types.intp, group, sums), generate
+
+
+@intrinsic
+def outer_sums(typing_context, a, r, b, k, p, m, group, out, o, n):  # type: ignore[no-untyped-def]
+    """Write sums over m rows of a.T @ b: of ``group`` columns of a and 32 columns of b.
+
+    The columns of a, fp32 with r columns in all, begin at a[0]; those of b, bf16 by twos in uint32
+    with k words a row, at b[p]. Row q of the result, fp32, begins at out[o + q * n]; group is a
+    literal.
+    """
+    _check_arrays((a, types.float32), (b, types.uint32), (out, types.float32))
+    if not isinstance(group, types.IntegerLiteral):
+        raise TypingError("group: expected a literal")
+    rows = group.literal_value
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kinds, intp = signature.args, context.get_constant
+        left = _pointer(context, builder, kinds[0], args[0], intp(types.intp, 0))
+        right = _pointer(context, builder, kinds[2], args[2], args[4])
+        zero = ir.Constant(_vector(_F32), [0.0] * _LANES)
+        totals = [cgutils.alloca_once_value(builder, zero) for _ in range(2 * rows)]
+        with cgutils.for_range(builder, args[5], intp=_I64) as row:
+            words = _load(
+                builder, builder.gep(right, [builder.mul(row.index, args[3])]), _vector(_I32)
+            )
+            halves = builder.shl(words, _all(16)), builder.and_(words, _all(-(1 << 16)))
+            columns = [builder.bitcast(half, _vector(_F32)) for half in halves]
+            start = builder.gep(left, [builder.mul(row.index, args[1])])
+            for q in range(rows):
+                scale = _splat(builder, builder.load(builder.gep(start, [ir.Constant(_I64, q)])))
+                for column, total in zip(columns, totals[2 * q : 2 * q + 2], strict=True):
+                    value = _multiply_add(builder, column, scale, builder.load(total))
+                    builder.store(value, total)
+        for q in range(rows):
+            even, odd = (builder.load(total) for total in totals[2 * q : 2 * q + 2])
+            place = builder.add(args[8], builder.mul(args[9], intp(types.intp, q)))
+            target = _pointer(context, builder, kinds[7], args[7], place)
+            for i in (0, 8):
+                pairs = [lane + 16 * which for lane in range(i, i + 8) for which in (0, 1)]
+                found = _shuffle(builder, even, odd, pairs)
+                _store(builder, found, builder.gep(target, [ir.Constant(_I64, 2 * i)]), align=4)
+        return context.get_dummy_value()
+
+    sizes = types.intp
+    return types.void(a, sizes, b, sizes, sizes, sizes, group, out, sizes, sizes), generate

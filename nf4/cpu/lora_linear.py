@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nf4.cpu import few_rows
 from nf4.cpu._memory import new_empty
+from nf4.cpu.across import across, fits
 from nf4.cpu.dequantize import Weight, as_weight, in_rows
 from nf4.cpu.dropout_mask import drop, dropout_mask
 from nf4.cpu.linear import (
@@ -136,6 +137,8 @@ def _input_gradient(
 
 def _across(a: Tensor, b: Tensor) -> Tensor:
     """Return a.T @ b in fp32 (fp64 for fp64)."""
+    if fits(a, b):
+        return across(a, b)
     total = a.new_zeros((a.shape[1], b.shape[1]), dtype=accumulator(a.dtype))
     for part in parts(a.shape[0], a.dtype, a.shape[1], b.shape[1]):
         total.addmm_(widened(a[part]).T, widened(b[part]))
