@@ -1,4 +1,4 @@
-"""Map kernels/ to the package nf4.kernels and bench/ to nf4.bench; all else is in pyproject.toml."""
+"""Map kernels/ to the package nf4.kernels and bench/ to nf4.bench; the rest: pyproject.toml."""
 
 from setuptools import setup
 

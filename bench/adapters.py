@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import cases
 import torch
 from torch import Tensor
 
-ROWS = [2048, 16384] if cases.GPU else [64]
-SHAPES = [(4096, 4096), (14336, 4096)] if cases.GPU else [(512, 512)]
-DEFAULTS = cases.Options(shapes=SHAPES, rows=ROWS, ranks=[16, 64])
+from nf4.bench import cases
+
+DEFAULTS = cases.Options(shapes=[(512, 512)], rows=[64], ranks=[16, 64])
+ON_GPU = cases.Options(shapes=[(4096, 4096), (14336, 4096)], rows=[2048, 16384], ranks=[16, 64])
 DROPOUT = 0.05
 
 
@@ -24,6 +24,7 @@ class Pass:
         lora_A: float32 ``[r, K]``.
         lora_B: float32 ``[N, r]``.
         dropout: arguments dropout_p and seed.
+        name: of the dtype of x, dy and t.
     """
 
     x: Tensor
@@ -32,36 +33,32 @@ class Pass:
     lora_A: Tensor
     lora_B: Tensor
     dropout: tuple[float, Tensor | None]
+    name: str
 
 
-def main(op: str, case: Callable[["Pass", dict[str, str]], cases.Case]) -> None:
-    """Time a pass over every size."""
-    cases.main(op + cases.STAND_IN, lambda options: _make(options, case), DEFAULTS)
-
-
-def _make(
+def make(
     options: cases.Options, case: Callable[[Pass, dict[str, str]], cases.Case]
 ) -> Iterator[cases.Case]:
     """Yield what `case` makes of each size, without and with dropout."""
-    seed = torch.tensor(1, device=cases.DEVICE)
-
-    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, dtype=dtype, device=cases.DEVICE)
-
-    for (n, k), dtype, labels in options.weights():
-        for m in options.rows:
+    seed = torch.tensor(1, device=options.device)
+    random = options.random
+    for weight in options.weights():
+        (n, k), dtype = weight.shape, weight.dtype
+        for m in weight.rows:
             x, dy = random(m, k, dtype=dtype), random(m, n, dtype=dtype)
             for r in options.ranks:
                 for p in (0.0, DROPOUT):
                     t = random(m, r, dtype=dtype)
-                    sizes = {**labels, "M": str(m), "r": str(r), "dropout": str(p)}
+                    sizes = {**weight.labels, "M": str(m), "r": str(r), "dropout": str(p)}
                     dropout = (p, seed if p else None)
-                    yield case(Pass(x, dy, t, random(r, k), random(n, r), dropout), sizes)
+                    adapter = (random(r, k), random(n, r))
+                    yield case(Pass(x, dy, t, *adapter, dropout, weight.name), sizes)
 
 
 def check(ours: Tensor, reference: Tensor, what: str) -> None:
     """Raise unless a result is the reference's up to the order of its sums."""
-    error = (ours.double() - reference.double()).norm() / reference.double().norm()
+    error = cases.relative_error(ours, reference.double())
     # A rounding to 16 bits that falls the other way, here and there: far below 2**-9 in the mean
     if not error <= 2**-9:
-        raise ValueError(f"{what}: expected the reference's result, got {error:.3g} off; not timed")
+        message = f"expected the reference's result, got {error:.3g} off; not timed"
+        raise cases.MismatchError(f"{what}: {message}")

@@ -3,39 +3,46 @@
 python bench/bench_dequantize.py --help
 """
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
-import cases
-import peers
 import torch
 
 import nf4
+from nf4.bench import cases, peers
+from nf4.bench.measure import Function
 from nf4.reference import dequantize as reference
 from nf4.tensor import fits_fragments
 
-DEFAULTS = cases.Options(
-    shapes=[(1024, 1024), (4096, 4096)] + [(14336, 4096), (28672, 8192)] * cases.GPU,
-    dtypes=["bf16", "fp32"],
-)
+TITLE = "dequantize"
+DEFAULTS = cases.Options(shapes=[(1024, 1024), (4096, 4096)], dtypes=["bf16", "fp32"])
+ON_GPU = replace(DEFAULTS, shapes=[*DEFAULTS.shapes, (14336, 4096), (28672, 8192)])
 
 
 def make(options: cases.Options) -> Iterator[cases.Case]:
     """Yield the cases."""
-    for shape, dtype, labels in options.weights():
-        w = torch.randn(shape, dtype=dtype, device=cases.DEVICE)
+    for weight in options.weights():
+        w = options.random(*weight.shape, dtype=weight.dtype)
         q = nf4.quantize(w)
-        parts = q.parts()
-        expected = reference.dequantize(*parts, shape, q.block_size, dtype)
+        expected = reference.dequantize(*q.parts(), weight.shape, q.block_size, weight.dtype)
+        out = torch.full_like(w, torch.nan)
         cases.check_equal(nf4.dequantize(q), expected, "dequantize")
-        moved = q.nbytes + w.nbytes
-        functions = {"nf4": lambda q=q: nf4.dequantize(q)}
-        if fits_fragments(q.shape, q.block_size) and dtype != torch.float32:
+        cases.check_equal(nf4.dequantize(q, out=out), expected, "dequantize, out=")
+        functions: dict[str, Function] = {
+            "nf4": lambda q=q: nf4.dequantize(q),
+            "nf4, out=": lambda q=q, out=out: nf4.dequantize(q, out=out),
+        }
+        if w.is_cuda and fits_fragments(q.shape, q.block_size) and weight.dtype != torch.float32:
             f = nf4.to_fragments(q)
             cases.check_equal(nf4.dequantize(f), expected, "dequantize of fragments")
             functions["nf4, fragments"] = lambda f=f: nf4.dequantize(f)
-        functions |= peers.dequantizers(w)
-        yield cases.Case(labels, {**functions, "copy": cases.copy_of(moved)}, moved)
+        moved = q.nbytes + w.nbytes
+        functions |= {**peers.dequantizers(w), "copy": cases.copy_of(moved, w.device)}
+        yield cases.Case(weight.labels, functions, moved, expected=expected.double())
 
 
 if __name__ == "__main__":
-    cases.main("dequantize", make, DEFAULTS)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "dequantize", *sys.argv[1:]]))

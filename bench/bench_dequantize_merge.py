@@ -3,26 +3,29 @@
 python bench/bench_dequantize_merge.py --help
 """
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
-import cases
 import torch
 
 import nf4
+from nf4.bench import cases
 
-DEFAULTS = cases.Options(
-    shapes=[(1024, 1024)] + [(4096, 4096), (14336, 4096)] * cases.GPU, ranks=[16, 64]
-)
+TITLE = "dequantize_merge"
+DEFAULTS = cases.Options(shapes=[(1024, 1024)], ranks=[16, 64])
+ON_GPU = replace(DEFAULTS, shapes=[*DEFAULTS.shapes, (4096, 4096), (14336, 4096)])
 
 
 def make(options: cases.Options) -> Iterator[cases.Case]:
     """Yield the cases, one a rank."""
-    merge = cases.kernel("dequantize_merge")
-    for (n, k), dtype, labels in options.weights():
-        w = torch.randn(n, k, dtype=dtype, device=cases.DEVICE)
+    merge = cases.kernel("dequantize_merge", options.device)
+    for weight in options.weights():
+        (n, k), dtype = weight.shape, weight.dtype
+        w = options.random(n, k, dtype=dtype)
         q = nf4.to_fragments(nf4.quantize(w))
         for r in options.ranks:
-            a, b = (torch.randn(s, device=cases.DEVICE) / 8 for s in ((r, k), (n, r)))
+            a, b = (options.random(*s) / 8 for s in ((r, k), (n, r)))
             parts = (*q.parts(), a, b, 2.0, q.block_size, dtype)
 
             def unfused(q=q, a=a, b=b, dtype=dtype) -> torch.Tensor:
@@ -37,13 +40,16 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
             cases.check_close(fused(), exact, unfused(), "dequantize_merge")
             moved = q.nbytes + w.nbytes + a.nbytes + b.nbytes
             functions = {
-                "nf4": fused,
+                cases.kernel_name(options.device): fused,
                 "dequantize, then addmm_": unfused,
                 "dequantize alone": lambda q=q, dtype=dtype: nf4.dequantize(q, dtype),
-                "copy": cases.copy_of(moved),
+                "copy": cases.copy_of(moved, w.device),
             }
-            yield cases.Case({**labels, "r": str(r)}, functions, moved, 2.0 * n * k * r)
+            labels = {**weight.labels, "r": str(r)}
+            yield cases.Case(labels, functions, moved, 2.0 * n * k * r, weight.name)
 
 
 if __name__ == "__main__":
-    cases.main("dequantize_merge" + cases.STAND_IN, make, DEFAULTS)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "dequantize_merge", *sys.argv[1:]]))

@@ -3,16 +3,27 @@
 python bench/bench_lora_down.py --help
 """
 
-import adapters
-import cases
+import sys
+from collections.abc import Iterator
+
 import torch
 
+from nf4.bench import adapters, cases
 from nf4.reference.lora_down import lora_down as reference
+
+TITLE = "lora_down"
+DEFAULTS, ON_GPU = adapters.DEFAULTS, adapters.ON_GPU
+
+
+def make(options: cases.Options) -> Iterator[cases.Case]:
+    """Yield the cases."""
+    return adapters.make(options, case)
 
 
 def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     """Return what to time on one size."""
-    run = cases.kernel("lora_down")
+    device = p.x.device
+    run = cases.kernel("lora_down", device)
     args = (p.x, p.lora_A, *p.dropout)
     adapters.check(run(*args), reference(*args), "lora_down")
     (m, k), r = p.x.shape, p.lora_A.shape[0]
@@ -22,9 +33,12 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
         x = torch.nn.functional.dropout(p.x, p.dropout[0]) if p.dropout[0] else p.x
         return x @ p.lora_A.to(x.dtype).T
 
-    functions = {"nf4": lambda: run(*args), "PyTorch": torch_, "copy": cases.copy_of(moved)}
-    return cases.Case(labels, functions, moved, 2.0 * m * k * r)
+    functions = {cases.kernel_name(device): lambda: run(*args), "PyTorch": torch_}
+    functions["copy"] = cases.copy_of(moved, device)
+    return cases.Case(labels, functions, moved, 2.0 * m * k * r, p.name)
 
 
 if __name__ == "__main__":
-    adapters.main("lora_down", case)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "lora_down", *sys.argv[1:]]))

@@ -3,18 +3,28 @@
 python bench/bench_lora_grad.py --help
 """
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
-import adapters
-import cases
 import torch
 
+from nf4.bench import adapters, cases
 from nf4.reference.lora_grad import lora_grad as reference
+
+TITLE = "lora_grad"
+DEFAULTS, ON_GPU = adapters.DEFAULTS, adapters.ON_GPU
+
+
+def make(options: cases.Options) -> Iterator[cases.Case]:
+    """Yield the cases."""
+    return adapters.make(options, case)
 
 
 def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     """Return what to time on one size."""
-    run = cases.kernel("lora_grad")
+    device = p.dy.device
+    run = cases.kernel("lora_grad", device)
     dropped = p.dropout[1] is not None
     z, w = (p.x, None) if dropped else (p.dy, p.lora_B)
     args = (z, p.t, w, 2.0, False, *p.dropout)
@@ -30,9 +40,12 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
         across = x.T @ p.t
         return across if w is None else (across, z @ w.to(z.dtype))
 
-    functions = {"nf4": lambda: run(*args), "PyTorch": torch_, "copy": cases.copy_of(moved)}
-    return cases.Case(labels, functions, moved, 2.0 * products * m * columns * r)
+    functions = {cases.kernel_name(device): lambda: run(*args), "PyTorch": torch_}
+    functions["copy"] = cases.copy_of(moved, device)
+    return cases.Case(labels, functions, moved, 2.0 * products * m * columns * r, p.name)
 
 
 if __name__ == "__main__":
-    adapters.main("lora_grad", case)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "lora_grad", *sys.argv[1:]]))

@@ -3,16 +3,27 @@
 python bench/bench_lora_up.py --help
 """
 
-import adapters
-import cases
+import sys
+from collections.abc import Iterator
+
 import torch
 
+from nf4.bench import adapters, cases
 from nf4.reference.lora_up import lora_up as reference
+
+TITLE = "lora_up"
+DEFAULTS, ON_GPU = adapters.DEFAULTS, adapters.ON_GPU
+
+
+def make(options: cases.Options) -> Iterator[cases.Case]:
+    """Yield the cases."""
+    return adapters.make(options, case)
 
 
 def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     """Return what to time on one size."""
-    run = cases.kernel("lora_up")
+    device = p.dy.device
+    run = cases.kernel("lora_up", device)
     args = (p.t, p.lora_B.T, 2.0, None, *p.dropout)
     adapters.check(run(*args), reference(*args), "lora_up")
     (m, n), r = p.dy.shape, p.t.shape[1]
@@ -22,9 +33,12 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
         y = (p.t @ p.lora_B.to(p.t.dtype).T).mul_(2.0)
         return torch.nn.functional.dropout(y, p.dropout[0]) if p.dropout[0] else y
 
-    functions = {"nf4": lambda: run(*args), "PyTorch": torch_, "copy": cases.copy_of(moved)}
-    return cases.Case(labels, functions, moved, 2.0 * m * n * r)
+    functions = {cases.kernel_name(device): lambda: run(*args), "PyTorch": torch_}
+    functions["copy"] = cases.copy_of(moved, device)
+    return cases.Case(labels, functions, moved, 2.0 * m * n * r, p.name)
 
 
 if __name__ == "__main__":
-    adapters.main("lora_up", case)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "lora_up", *sys.argv[1:]]))

@@ -1,16 +1,26 @@
 """Multiply a few rows by a quantized weight: nf4, its kernel alone, others.
 
-python bench/bench_matmul_small.py --model llama-3-8b
+python bench/bench_matmul_small.py --help
 """
 
-import cases
-import products
+import sys
+from collections.abc import Iterator
 
+from nf4.bench import cases, products
+
+TITLE = "linear, few rows"
 DEFAULTS = cases.Options(
-    shapes=[(4096, 4096), (14336, 4096)] if cases.GPU else [(1024, 1024)],
-    rows=[1, 2, 4, 8, 16] if cases.GPU else [1, 16],
+    shapes=[(1024, 1024), (4096, 4096)], rows=[1, 4, 16], dtypes=["bf16", "fp32"]
 )
+ON_GPU = cases.Options(shapes=[(4096, 4096), (14336, 4096)], rows=[1, 2, 4, 8, 16])
+
+
+def make(options: cases.Options) -> Iterator[cases.Case]:
+    """Yield the cases."""
+    return products.make(options, "matmul_small")
+
 
 if __name__ == "__main__":
-    extra = products.kernel_alone("matmul_small")
-    cases.main("linear, few rows", lambda options: products.make(options, extra), DEFAULTS)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "matmul_small", *sys.argv[1:]]))

@@ -1,24 +1,25 @@
 """A QLoRA layer's forward, and its forward and backward: nf4 and others.
 
-python bench/bench_qlora_step.py --model llama-3-8b --ranks 16 64
+python bench/bench_qlora_step.py --help
 """
 
+import sys
 from collections.abc import Iterator
 
-import cases
-import peers
 import torch
 from torch import nn
 
 import nf4
+from nf4.bench import cases, peers
 from nf4.cost import weight_bytes
 
-DEFAULTS = cases.Options(
-    shapes=[(4096, 4096), (14336, 4096)] if cases.GPU else [(512, 512)],
-    rows=[1, 16, 256, 1024, 4096, 16384] if cases.GPU else [64],
-    ranks=[16, 64] if cases.GPU else [16],
+TITLE = "QLoRA layer"
+DEFAULTS = cases.Options(shapes=[(2048, 2048)], rows=[1, 64, 256], dtypes=["bf16", "fp32"])
+ON_GPU = cases.Options(
+    shapes=[(4096, 4096), (14336, 4096)], rows=[1, 16, 256, 1024, 4096, 16384], ranks=[16, 64]
 )
 SCALING = 2.0
+CHECKED = 64  # rows of x
 
 
 def step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
@@ -31,21 +32,20 @@ def step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
 
 def make(options: cases.Options) -> Iterator[cases.Case]:
     """Yield the cases: a forward and a step for each size."""
-    for (n, k), dtype, labels in options.weights():
-        w = torch.randn(n, k, dtype=dtype, device=cases.DEVICE) / k**0.5
+    for weight in options.weights():
+        n, k = weight.shape
+        w = options.random(n, k, dtype=weight.dtype) / k**0.5
         q = nf4.quantize(w)
         for r in options.ranks:
-            a = torch.randn(r, k, device=cases.DEVICE) / k**0.5
-            b = torch.randn(n, r, device=cases.DEVICE) / r**0.5
+            a, b = options.random(r, k) / k**0.5, options.random(n, r) / r**0.5
             layer = ours(w, a, b)
-            others = peers.qlora_layers(w, q, a, b, SCALING)
-            for m in options.rows:
-                x = torch.randn(m, k, dtype=dtype, device=cases.DEVICE)
-                check(layer, q, a, b, x)
-                sizes = {**labels, "r": str(r), "M": str(m)}
-                both = {"nf4": layer, **others}
-                yield forward(sizes, both, x, n, k, r)
-                yield training(sizes, both, x, n, k, r)
+            both = {"nf4": layer, **peers.qlora_layers(w, q, a, b, SCALING)}
+            for m in weight.rows:
+                x = options.random(m, k, dtype=weight.dtype)
+                exact = check(layer, q, a, b, x)
+                sizes = {**weight.labels, "r": str(r), "M": str(m)}
+                yield forward({**sizes, "pass": "forward"}, both, x, weight, r, exact)
+                yield training({**sizes, "pass": "step"}, both, x, weight, r)
 
 
 def ours(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> nf4.QLoRALinear:
@@ -59,41 +59,44 @@ def ours(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> nf4.QLoRALinear:
     return layer
 
 
-def check(layer: nn.Module, q: nf4.NF4Tensor, a, b, x: torch.Tensor) -> None:
-    """Hold our forward to the error of the unfused path, on the first rows."""
-    x = x[:64]
+def check(layer: nn.Module, q: nf4.NF4Tensor, a, b, x: torch.Tensor) -> torch.Tensor:
+    """Hold our forward to the error of the unfused path, on the first rows; return those exact."""
+    x = x[:CHECKED]
     exact = x.double() @ nf4.dequantize(q, torch.float64).T
     exact += SCALING * (x.double() @ a.to(x.dtype).double().T) @ b.to(x.dtype).double().T
     dense = nf4.dequantize(q, x.dtype)
     peer = peers.Adapted(lambda x: x @ dense.T, a, b, SCALING)
     with torch.no_grad():
         cases.check_close(layer(x), exact, peer(x), "lora_linear")
+    return exact
 
 
-def forward(labels, layers, x: torch.Tensor, n: int, k: int, r: int) -> cases.Case:
+def forward(labels, layers, x: torch.Tensor, weight: cases.Weight, r: int, exact) -> cases.Case:
     """Return the forward without gradients."""
 
-    def run(layer: nn.Module) -> None:
+    def run(layer: nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            layer(x)
+            return layer(x)
 
-    m = x.shape[0]
+    m, (n, k) = x.shape[0], weight.shape
     functions = {name: lambda layer=layer: run(layer) for name, layer in layers.items()}
-    moved = weight_bytes(n, k) + 2 * (m + r) * (k + n)
+    moved = weight_bytes(n, k) + x.itemsize * (m + r) * (k + n)
     flops = 2.0 * m * (n * k + r * (n + k))
-    return cases.Case({**labels, "pass": "forward"}, functions, moved, flops)
+    return cases.Case(labels, functions, moved, flops, weight.name, exact)
 
 
-def training(labels, layers, x: torch.Tensor, n: int, k: int, r: int) -> cases.Case:
+def training(labels, layers, x: torch.Tensor, weight: cases.Weight, r: int) -> cases.Case:
     """Return forward and backward."""
-    m = x.shape[0]
+    m, (n, k) = x.shape[0], weight.shape
     x = x.clone().requires_grad_()
     dy = torch.randn(m, n, dtype=x.dtype, device=x.device)
     functions = {name: lambda layer=layer: step(layer, x, dy) for name, layer in layers.items()}
-    moved = 2 * weight_bytes(n, k) + 4 * m * n + 6 * m * k + 8 * r * (n + k)
+    moved = 2 * weight_bytes(n, k) + x.itemsize * m * (2 * n + 3 * k) + 8 * r * (n + k)
     flops = 2.0 * m * (2 * n * k + 3 * r * (n + k))
-    return cases.Case({**labels, "pass": "step"}, functions, moved, flops)
+    return cases.Case(labels, functions, moved, flops, weight.name)
 
 
 if __name__ == "__main__":
-    cases.main("QLoRA layer", make, DEFAULTS)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "qlora_step", *sys.argv[1:]]))

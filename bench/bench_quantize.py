@@ -3,32 +3,33 @@
 python bench/bench_quantize.py --help
 """
 
+import sys
 from collections.abc import Iterator
-
-import cases
-import peers
-import torch
+from dataclasses import replace
 
 import nf4
+from nf4.bench import cases, peers
 from nf4.reference import quantize as reference
 
-DEFAULTS = cases.Options(
-    shapes=[(1024, 1024), (4096, 4096)] + [(14336, 4096), (28672, 8192)] * cases.GPU,
-    dtypes=["bf16", "fp32"],
-)
+TITLE = "quantize"
+DEFAULTS = cases.Options(shapes=[(1024, 1024), (4096, 4096)], dtypes=["bf16", "fp32"])
+ON_GPU = replace(DEFAULTS, shapes=[*DEFAULTS.shapes, (14336, 4096), (28672, 8192)])
 
 
 def make(options: cases.Options) -> Iterator[cases.Case]:
     """Yield the cases."""
-    for shape, dtype, labels in options.weights():
-        w = torch.randn(shape, dtype=dtype, device=cases.DEVICE)
+    for weight in options.weights():
+        w = options.random(*weight.shape, dtype=weight.dtype)
         q = nf4.quantize(w)
         expected = reference.quantize(w, q.block_size)[0]
         cases.check_equal(q.packed.flatten(), expected, "quantize")
         moved = q.nbytes + w.nbytes
         functions = {"nf4": lambda w=w: nf4.quantize(w), **peers.quantizers(w)}
-        yield cases.Case(labels, {**functions, "copy": cases.copy_of(moved)}, moved)
+        functions["copy"] = cases.copy_of(moved, w.device)
+        yield cases.Case(weight.labels, functions, moved)
 
 
 if __name__ == "__main__":
-    cases.main("quantize", make, DEFAULTS)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "quantize", *sys.argv[1:]]))

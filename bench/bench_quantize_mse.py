@@ -3,35 +3,37 @@
 python bench/bench_quantize_mse.py --help
 """
 
+import sys
 from collections.abc import Iterator
-
-import cases
-import torch
+from dataclasses import replace
 
 import nf4
+from nf4.bench import cases
 from nf4.reference.quantize_mse import quantize_mse as reference
 
-DEFAULTS = cases.Options(
-    shapes=[(1024, 1024)] + [(4096, 4096), (14336, 4096)] * cases.GPU,
-    dtypes=["bf16"],
-)
+TITLE = "quantize_mse"
+DEFAULTS = cases.Options(shapes=[(1024, 1024)])
+ON_GPU = replace(DEFAULTS, shapes=[*DEFAULTS.shapes, (4096, 4096), (14336, 4096)])
 
 
 def make(options: cases.Options) -> Iterator[cases.Case]:
     """Yield the cases."""
-    for shape, dtype, labels in options.weights():
-        w = torch.randn(shape, dtype=dtype, device=cases.DEVICE)
+    for weight in options.weights():
+        w = options.random(*weight.shape, dtype=weight.dtype)
         q = nf4.quantize(w, scale="mse")
-        rows = max(4096 // shape[1], 1)  # of whole blocks: the reference takes its time
+        rows = max(4096 // weight.shape[1], 1)  # of whole blocks: the reference takes its time
         expected = reference(w[:rows], q.block_size, True)[0]
         cases.check_equal(q.packed[:rows].flatten(), expected, "quantize_mse")
         moved = q.nbytes + w.nbytes
         functions = {
             "nf4": lambda w=w: nf4.quantize(w, scale="mse"),
             "nf4, absmax": lambda w=w: nf4.quantize(w),
+            "copy": cases.copy_of(moved, w.device),
         }
-        yield cases.Case(labels, {**functions, "copy": cases.copy_of(moved)}, moved)
+        yield cases.Case(weight.labels, functions, moved)
 
 
 if __name__ == "__main__":
-    cases.main("quantize_mse", make, DEFAULTS)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "quantize_mse", *sys.argv[1:]]))

@@ -3,23 +3,25 @@
 python bench/bench_repack.py --help
 """
 
+import sys
 from collections.abc import Iterator
-
-import cases
-import torch
+from dataclasses import replace
 
 import nf4
+from nf4.bench import cases
 from nf4.reference import repack as reference
 
-DEFAULTS = cases.Options(shapes=[(1024, 1024), (4096, 4096)] + [(14336, 4096)] * cases.GPU)
+TITLE = "repack"
+DEFAULTS = cases.Options(shapes=[(1024, 1024), (4096, 4096)])
+ON_GPU = replace(DEFAULTS, shapes=[*DEFAULTS.shapes, (14336, 4096)])
 
 
 def make(options: cases.Options) -> Iterator[cases.Case]:
     """Yield the cases, one a direction."""
-    for shape, dtype, labels in options.weights():
-        rows = nf4.quantize(torch.randn(shape, dtype=dtype, device=cases.DEVICE))
+    for weight in options.weights():
+        rows = nf4.quantize(options.random(*weight.shape, dtype=weight.dtype))
         fragments = nf4.to_fragments(rows)
-        expected = reference.repack(rows.packed, rows.absmax, *shape, "fragments")[0]
+        expected = reference.repack(rows.packed, rows.absmax, *weight.shape, "fragments")[0]
         cases.check_equal(fragments.packed, expected, "repack")
         cases.check_equal(nf4.to_rows(fragments).packed, rows.packed, "repack")
         moved = 2 * rows.nbytes
@@ -27,9 +29,12 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
             ("to fragments", nf4.to_fragments, rows),
             ("to rows", nf4.to_rows, fragments),
         ):
-            functions = {"nf4": lambda run=run, q=q: run(q), "copy": cases.copy_of(moved)}
-            yield cases.Case({**labels, "direction": name}, functions, moved)
+            functions = {"nf4": lambda run=run, q=q: run(q)}
+            functions["copy"] = cases.copy_of(moved, q.device)
+            yield cases.Case({**weight.labels, "direction": name}, functions, moved)
 
 
 if __name__ == "__main__":
-    cases.main("repack", make, DEFAULTS)
+    from nf4.cli import main
+
+    sys.exit(main(["bench", "repack", *sys.argv[1:]]))

@@ -21,6 +21,7 @@ import torch
 import nf4
 from nf4 import operators
 from nf4.bench.circumstances import circumstances
+from nf4.bench.markdown import heading, table
 from nf4.files import write_file
 
 FORMAT = "nf4-host-cost-1"
@@ -102,11 +103,11 @@ def once() -> dict[str, float]:
 
 def tables(found: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    lines = ["| call | host µs |", "|---|---|"]
-    lines += [f"| {name} | {cost:.1f} |" for name, cost in found["calls"].items()]
-    lines += ["", "| once | ms |", "|---|---|"]
-    lines += [f"| {name} | {cost:.0f} |" for name, cost in found["once"].items()]
-    return "\n".join(lines) + "\n"
+    calls = [[name, f"{cost:.1f}"] for name, cost in found["calls"].items()]
+    once = [[name, f"{cost:.0f}"] for name, cost in found["once"].items()]
+    lines = heading("What calls cost the host", found)
+    lines += [*table(["call", "host µs"], calls), *table(["once", "ms"], once)]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -117,7 +118,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = {
         "format": FORMAT,
-        "circumstances": circumstances(device),
+        **circumstances(device),
         "calls": rows(),
         "once": once(),
     }

@@ -7,12 +7,13 @@ are modelled as nf4.explain does. Instructions come from the compiled kernels.
 python bench/modelled.py > bench/results/modelled-h200.md
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import triton
 
 from nf4 import cost
+from nf4.bench.markdown import table
 from nf4.gpu.plan import plan
 from nf4.kernels import _aot, _report
 
@@ -101,13 +102,6 @@ def steps() -> Iterator[list[str]]:
                     f"{peer:.0f}",
                     f"{peer / (forward + backward):.2f}",
                 ]
-
-
-def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Return a table in Markdown, and an empty line."""
-    columns = list(columns)
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def report() -> str:

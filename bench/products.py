@@ -2,57 +2,56 @@
 
 from collections.abc import Callable, Iterator
 
-import cases
-import peers
 import torch
 from torch import Tensor
 
 import nf4
+from nf4.bench import cases, peers
+from nf4.bench.measure import Function
 from nf4.cost import weight_bytes
 from nf4.tensor import fits_fragments
 
+CHECKED = 64  # rows of x
+MOST_ROWS_OF_SMALL = 16
 
-def make(
-    options: cases.Options,
-    extra: Callable[[Tensor, nf4.NF4Tensor], dict[str, cases.measure.Function]],
-) -> Iterator[cases.Case]:
+
+def make(options: cases.Options, op: str) -> Iterator[cases.Case]:
     """Yield a case for each weight and number of rows.
 
     Args:
         options: sizes.
-        extra: returns further functions to time, by name, for an input and the weight.
+        op: a kernel that is timed alone too, without the choice of one, where it can run.
     """
-    for (n, k), dtype, labels in options.weights():
-        w = torch.randn(n, k, dtype=dtype, device=cases.DEVICE) / k**0.5
+    for weight in options.weights():
+        (n, k), dtype = weight.shape, weight.dtype
+        w = options.random(n, k, dtype=dtype) / k**0.5
         q = nf4.quantize(w)
-        ours = nf4.to_fragments(q) if cases.GPU and fits_fragments(q.shape, q.block_size) else q
+        ours = nf4.to_fragments(q) if w.is_cuda and fits_fragments(q.shape, q.block_size) else q
         others = peers.layers(w, q)
+        dense = nf4.dequantize(q, dtype)
         wide = nf4.dequantize(q, torch.float64)
-        for m in options.rows:
-            x = torch.randn(m, k, dtype=dtype, device=cases.DEVICE)
-            few = slice(0, 64)  # rows that are checked
-            peer = x[few] @ nf4.dequantize(q, dtype).T
-            exact = x[few].double() @ wide.T
-            cases.check_close(nf4.linear(x, ours)[few], exact, peer, "linear")
-            functions = {"nf4": lambda x=x, ours=ours: nf4.linear(x, ours)}
-            functions |= extra(x, ours)
+        for m in weight.rows:
+            x = options.random(m, k, dtype=dtype)
+            exact = x[:CHECKED].double() @ wide.T
+            functions: dict[str, Function] = {"nf4": lambda x=x, ours=ours: nf4.linear(x, ours)}
+            functions |= kernel_alone(op, x, ours)
+            for name, function in functions.items():
+                found = function()[:CHECKED]
+                cases.check_close(found, exact, x[:CHECKED] @ dense.T, f"linear, {name}")
             functions |= {name: lambda f=f, x=x: f(x) for name, f in others.items()}
             moved = weight_bytes(n, k) + x.itemsize * m * (n + k)
             chosen = nf4.explain(x.shape, ours, dtype).kernel.rpartition(".")[2]
-            yield cases.Case(
-                {**labels, "M": str(m), "ours": chosen}, functions, moved, 2.0 * m * n * k
-            )
+            labels = {**weight.labels, "M": str(m), "ours": chosen}
+            flops = 2.0 * m * n * k
+            yield cases.Case(labels, functions, moved, flops, weight.name, exact)
 
 
-def kernel_alone(op: str) -> Callable[[Tensor, nf4.NF4Tensor], dict[str, cases.measure.Function]]:
-    """Return what times a kernel without the choice of one, where it can run."""
-
-    def extra(x: Tensor, q: nf4.NF4Tensor) -> dict[str, cases.measure.Function]:
-        if q.layout != "fragments":
-            return {}
-        n = q.shape[0]
-        weight = q.parts()
-        run = cases.kernel(op)
-        return {op: lambda: run(x, *weight, None, None, None, 1.0, n, q.block_size)}
-
-    return extra
+def kernel_alone(op: str, x: Tensor, q: nf4.NF4Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Return what times a kernel without the choice of one; nothing where it cannot run."""
+    if q.layout != "fragments" or x.dtype.itemsize != 2:
+        return {}
+    if op == "matmul_small" and x.shape[0] > MOST_ROWS_OF_SMALL:
+        return {}
+    n, block_size = q.shape[0], q.block_size
+    weight, run = q.parts(), cases.kernel(op, x.device)
+    return {f"nf4, {op} alone": lambda: run(x, *weight, None, None, None, 1.0, n, block_size)}

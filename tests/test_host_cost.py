@@ -15,10 +15,12 @@ from nf4.bench import host_cost
 @pytest.mark.alone
 def test_a_small_product_costs_the_host_little_more_than_pytorch_s() -> None:
     torch.use_deterministic_algorithms(False)  # which fill new memory
-    cost = host_cost.rows()
-    # 10 us beyond F.linear on a machine where that takes 3.3, and on a slower one as much more
-    beyond = cost["nf4.linear, M = 1"] - cost[host_cost.LINEAR]
-    assert beyond <= 10 * max(1, cost[host_cost.LINEAR] / 3.3), cost
+    shares = []
+    for _ in range(3):  # what else runs on the machine can only add
+        cost = host_cost.rows()
+        shares.append(cost["nf4.linear, M = 1"] / cost[host_cost.LINEAR] - 1)
+    # At most 10 us beyond F.linear, where that takes 3
+    assert min(shares) <= 10 / 3, shares
 
 
 def test_host_cost_measures_each_call_and_puts_the_operators_back() -> None:
@@ -34,7 +36,7 @@ def test_host_cost_prints_tables_and_writes_a_file(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(sys, "argv", ["host_cost.py", "--out", str(tmp_path / "found.json")])
     host_cost.main()
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["format"] == host_cost.FORMAT and found["circumstances"]["versions"]["torch"]
+    assert found["format"] == host_cost.FORMAT and found["versions"]["torch"]
     assert found["once"]["import nf4"] > 0 and found["once"]["first nf4.linear, M = 1"] > 0
     assert capsys.readouterr().out == host_cost.tables(found)
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]

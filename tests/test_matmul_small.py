@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers import error, make_product, on_gpus
-from nf4.kernels._configs import MATMUL_SMALL, MatmulConfig
 
+from nf4.kernels._configs import MATMUL_SMALL, MatmulConfig
 from nf4.reference import matmul_small as reference
 
 # m, n, k, block size, double quantization, dtype, rank, bias

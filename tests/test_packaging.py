@@ -71,9 +71,18 @@ def test_wheel_has_nf4_as_its_only_top_level(wheel) -> None:
     assert roots == {"nf4"}
     for needed in ("py.typed", "kernels.py", "demo/othello.txt", "demo/macbeth.txt"):
         assert f"nf4/{needed}" in names
-    kernels = {p.name for p in (ROOT / "kernels").glob("*.py")}
-    assert {n.split("/")[2] for n in names if n.startswith("nf4/kernels/")} == kernels
     assert not [n for n in names if "test" in n]
+
+
+def test_wheel_has_every_module_of_nf4_kernels_and_bench(wheel) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        found = {n for n in file.namelist() if n.endswith(".py")}
+    expected = set()
+    for folder, package in (("nf4", "nf4"), ("kernels", "nf4/kernels"), ("bench", "nf4/bench")):
+        for path in (ROOT / folder).rglob("*.py"):
+            expected.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
+    assert {"nf4/report/run.py", "nf4/bench/run.py", "nf4/kernels/dequantize.py"} < expected
+    assert found == expected
 
 
 def test_installed_wheel_works_outside_the_checkout(installed, tmp_path) -> None:
@@ -84,6 +93,17 @@ def test_installed_wheel_works_outside_the_checkout(installed, tmp_path) -> None
     file, bits, total = run(installed, code, tmp_path).split()
     assert Path(file).is_relative_to(installed.parents[1])
     assert (float(bits), float(total)) == (pytest.approx(4.14, abs=0.01), 4096)
+
+
+def test_installed_wheel_measures_into_the_current_folder(installed, tmp_path) -> None:
+    code = (
+        "from nf4.bench import request, results, run; "
+        "r = request.Request(ops=['repack'], shapes=['64x128'], device='cpu'); "
+        "print(run.plan(r).path.parent, *request.OPS)"
+    )
+    folder, *ops = run(installed, code, tmp_path).split()
+    assert Path(folder) == tmp_path
+    assert set(ops) == {p.stem.removeprefix("bench_") for p in (ROOT / "bench").glob("bench_*.py")}
 
 
 @pytest.mark.parametrize("python", ["installed", "editable"], indirect=True)
