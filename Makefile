@@ -1,4 +1,4 @@
-# Each target sets up .venv on first use; the set-up runs again only when what it depends on changes.
+# Each target but gpu sets up .venv on first use; the set-up runs again only when what it depends on changes.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -6,7 +6,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 INSTALL := $(PIP) -c .ci/constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 demo: $(READY)
 	$(RUN) -m nf4.cli demo $(ARGS)
@@ -20,6 +20,10 @@ lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# With the Python at hand and what it has: a machine with a GPU may have no network
+gpu:
+	$(PYTHON) bench/gpu_day.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)
