@@ -5,12 +5,14 @@
     more, bf16     where the CPU multiplies in bf16: slabs of W in bf16, sums in fp32, rounded once
     more           slabs of W, rounded to the dtype of x, held and summed in fp32 (fp64 for fp64)
 
-A slab of W is dequantized into 16 MB, multiplied, and overwritten by the next. What goes
+A slab of W is dequantized into at most 12 MB, multiplied, and overwritten later. What goes
 to fp32 goes some rows at a time: beyond inputs and outputs memory stays below 64 MiB.
 """
 
 import math
+import mmap
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -32,7 +34,10 @@ from nf4.scratch import scratch
 
 # Bytes: within the last cache of a server's CPU, and few. Each product of a slab wakes PyTorch's
 # threads and waits for all of them, on a busy machine for milliseconds.
-SLAB = 1 << 24
+SLAB = 12 << 20
+# Bytes that slabs are taken from in turn. Where the last one was, lines are in the caches of all
+# cores that multiplied by it: to write there again takes twice as long.
+ARENA = 2 * SLAB
 WIDE = 1 << 21  # elements of x, or of sums, held in fp32 at a time
 MOST_COLUMNS = 1 << 23  # elements of the narrowest slab of whole columns worth having
 # Up to so many rows few_rows beats the product of slabs, in bf16 where the CPU has it or in fp32
@@ -83,8 +88,8 @@ def _row_slabs(
     step = max(1, -(-rows // max(1, rows * columns * held.itemsize // SLAB)))
     # A slab begins inside a block, unless these fit the rows.
     size = step * columns + weight.block_size
-    buffer = scratch(f"slab {held}", size, held, torch.device("cpu"))
     for begin in range(0, rows, step):
+        buffer = _slab(size, held)
         count = min(step, rows - begin)
         first, skip = divmod(begin * columns, weight.block_size)
         end = skip + count * columns
@@ -99,12 +104,26 @@ def _column_slabs(
     rows, columns = shape
     blocks = SLAB // held.itemsize // max(rows, 1) // weight.block_size
     step = max(1, blocks) * weight.block_size
-    buffer = scratch(f"slab {held}", rows * min(step, columns), held, torch.device("cpu"))
     for begin in range(0, columns, step):
         found = slice(begin, min(begin + step, columns))
-        slab = buffer[: rows * (found.stop - begin)].view(rows, found.stop - begin)
+        width = found.stop - begin
+        slab = _slab(rows * width, held).view(rows, width)
         dequantize_columns(weight, shape, found, slab, dtype)
         yield found, slab
+
+
+def _slab(size: int, dtype: torch.dtype) -> Tensor:
+    """Return flat memory that holds until the next call."""
+    nbytes = size * dtype.itemsize
+    arena = scratch("slabs", max(ARENA, nbytes), torch.uint8, torch.device("cpu"))
+    begin: int = getattr(_next, "begin", 0)
+    if begin + nbytes > arena.numel():
+        begin = 0
+    _next.begin = begin + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    return arena[begin : begin + nbytes].view(dtype)
+
+
+_next = threading.local()
 
 
 def has_column_slabs(rows: int, columns: int, block_size: int) -> bool:
