@@ -290,10 +290,11 @@ def tables(data: dict[str, Any]) -> str:
     ]
     columns = ["", "nf4", "bitsandbytes + PEFT", "theirs / ours"]
     columns += ["nf4, CPU s", "bitsandbytes + PEFT, CPU s", "theirs / ours"]
-    return "\n".join([*lines, *table(columns, _rows(data))])
+    return "\n".join([*lines, *table(columns, rows(data))])
 
 
-def _rows(data: dict[str, Any]) -> Iterator[list[str]]:
+def rows(data: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield a line a task: its name, ours, theirs, the ratio, and the same of CPU time."""
     for task, label in TASKS.items():
         ours, theirs = (data["results"][task][name] for name in NAMES)
         yield [

@@ -55,7 +55,9 @@ def add_bench(commands: Any) -> None:
         help="show what changed; exit status 1 on a regression beyond the spread",
     )
     modes.add_argument(
-        "--render", action="store_true", help="make bench/README.md from bench/results"
+        "--render",
+        action="store_true",
+        help="make bench/README.md, and the figures of README.md, from bench/results",
     )
     modes.add_argument(
         "--compile",
@@ -146,6 +148,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _render(options: argparse.Namespace) -> int:
     path = import_module("nf4.bench.render").write_page()
+    import_module("nf4.bench.summary").write_readme()
     sys.stdout.write(json.dumps(str(path)) + "\n" if options.json else f"{path}\n")
     return 0
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nf4.bench import circumstances, compare, plots, render, results
+from nf4.bench import circumstances, compare, plots, render, results, summary
 from nf4.bench.ceilings import Ceilings
 from nf4.bench.measure import Timing
 from nf4.cli import main
@@ -186,7 +186,11 @@ def test_committed_page_is_that_of_the_committed_results() -> None:
 
 def test_render_writes_the_page_of_a_checkout(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(render, "PAGE", tmp_path / "README.md")
+    monkeypatch.setattr(summary, "README", tmp_path / "front.md")
+    summary.README.write_text(f"above\n{summary.BEGIN}\nold\n{summary.END}\nbelow\n")
     assert main(["bench", "--render"]) == 0
+    made = f"above\n{summary.BEGIN}\n\n{summary.summary()}\n{summary.END}\nbelow\n"
+    assert summary.README.read_text() == made
     assert capsys.readouterr().out == f"{tmp_path / 'README.md'}\n"
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == render.page()
     monkeypatch.setattr(results, "RESULTS", tmp_path / "none")
@@ -224,3 +228,17 @@ def test_results_go_to_a_file_of_the_device_s_name(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(results, "RESULTS", tmp_path / "none")
     monkeypatch.chdir(tmp_path)
     assert results.default_path("A (R), 2 threads") == tmp_path / "a-r-2-threads.json"
+
+
+def test_readme_has_the_figures_of_the_committed_results() -> None:
+    text = summary.README.read_text(encoding="utf-8")
+    assert f"{summary.BEGIN}\n\n{summary.summary()}\n{summary.END}" in text
+    assert "quantize | bf16" in text and "generate 64 tokens" in text
+
+
+def test_readme_without_marks_is_left_as_it_is(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(summary, "README", tmp_path / "README.md")
+    summary.README.write_text("by hand")
+    with pytest.raises(ValueError, match="render: expected .*README.md to hold <!-- Made by"):
+        summary.write_readme()
+    assert summary.README.read_text() == "by hand"

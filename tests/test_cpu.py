@@ -14,6 +14,7 @@ pytest.importorskip("numba", reason="nf4.cpu needs numba")
 import nf4
 from nf4 import operators, reference
 from nf4.codebook import BLOCK_SIZES
+from nf4.cpu import _threads
 from nf4.cpu import across as cpu_across
 from nf4.cpu import dequantize as cpu_dequantize
 from nf4.cpu import dropout_mask as cpu_dropout_mask
@@ -141,13 +142,42 @@ def test_cpu_dequantize_reads_strided_parts() -> None:
     assert torch.equal(ours, reference_dequantize.dequantize(q.packed, q.absmax, *args))
 
 
+@pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "pool"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_cpu_dequantize_is_the_same_on_any_number_of_threads(threads, monkeypatch) -> None:
+def test_cpu_dequantize_is_the_same_on_any_number_of_threads(threads, openmp, monkeypatch) -> None:
+    if not openmp:
+        monkeypatch.setattr(_threads, "_openmp", lambda: None)
+    elif _threads._openmp() is None:
+        pytest.skip("PyTorch's threads are not OpenMP's here")
     monkeypatch.setattr(cpu_dequantize, "GRAIN", 64)
+    monkeypatch.setattr(cpu_dequantize, "STRIP", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     q = nf4.quantize(torch.randn(37, 130))
     args = (*parts(q), (37, 130), 64, torch.bfloat16)
     assert same_bits(cpu_dequantize.dequantize(*args), reference_dequantize.dequantize(*args))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_cpu_work_is_cut_for_the_number_of_threads_that_pytorch_has(threads, monkeypatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    seen = []
+
+    def share(what: str, begin: int, end: int, team: tuple[int, ...]) -> None:
+        seen.append((what, begin, end, team[0]))
+
+    monkeypatch.setattr(_threads, "_openmp", lambda: (1, 2, 3))
+    _threads.spread(share, range(10, 100), 10, "work")
+    assert seen == [("work", 10, 100, threads)]
+    seen.clear()
+    monkeypatch.setattr(_threads, "_openmp", lambda: None)
+    _threads.spread(share, range(10, 100), 10, "work")
+    parts_ = sorted(seen)
+    assert len(parts_) == threads and all(team == 1 for *_, team in parts_)
+    assert [part[1] for part in parts_] == [10, *(part[2] for part in parts_[:-1])]
+    assert parts_[-1][2] == 100
+    seen.clear()
+    _threads.spread(share, range(10), 10, "little")
+    assert seen == [("little", 0, 10, 1)]
 
 
 FORK = """

@@ -1,0 +1,88 @@
+"""The figures of the project's README: of each device's results, ours beside bitsandbytes'."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nf4.bench import results, smollm2
+from nf4.bench.circumstances import FOLDER
+from nf4.bench.markdown import table
+from nf4.bench.results import Results, Row
+from nf4.files import write_file
+
+README = FOLDER.parent / "README.md"
+BEGIN = "<!-- Made by `nf4 bench --render` from bench/results: do not edit. -->"
+END = "<!-- End of what was made. -->"
+SHAPE = "4096×4096"
+OPS = ("quantize", "dequantize", "matmul", "qlora_step")
+PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
+
+
+def summary(folder: Path = results.RESULTS) -> str:
+    """Return the tables as Markdown: a 4096×4096 weight, and SmolLM2 in bf16, on each device.
+
+    Raises:
+        ValueError: a file of results is broken.
+    """
+    lines: list[str] = []
+    for path in sorted(folder.glob("*.json")):
+        data = results.load_json(path)
+        if data.get("format") == results.FORMAT:
+            lines += _operators(results.from_json(data, str(path)))
+        elif data.get("format") == smollm2.FORMAT and data["dtype"] == "bf16":
+            lines += _smollm2(data)
+    return "\n".join(lines)
+
+
+def write_readme() -> None:
+    """Put the summary into the README of this checkout, where its marks are.
+
+    Raises:
+        ValueError: there is no README with both marks, or a file of results is broken.
+    """
+    text = README.read_text(encoding="utf-8") if README.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"render: expected {README} to hold {BEGIN} and {END}")
+    write_file(README, f"{before}{BEGIN}\n\n{summary()}\n{END}{after}")
+
+
+def _operators(found: Results) -> list[str]:
+    cpu = any(s.circumstances["driver"] is None for s in found.sections.values())
+    sections = {op: found.sections[op] for op in OPS if op in found.sections}
+    rows = [cells for op, s in sections.items() for row in s.rows for cells in _cells(op, row)]
+    if not rows:
+        return []
+    measure = "ms of CPU time, of all threads" if cpu else "ms"
+    columns = [f"{SHAPE}, {measure}", "dtype", "nf4", "bitsandbytes", "theirs / ours"]
+    return [f"{found.device}:", "", *table(columns, rows)]
+
+
+def _cells(op: str, row: Row) -> Iterator[list[str]]:
+    """Yield a line if the case is one of the README's and bitsandbytes was there."""
+    peer = next((name for name in PEERS if name in row.timings), None)
+    if row.labels.get("W") != SHAPE or peer is None or row.labels.get("pass") == "forward":
+        return
+    what = "QLoRA step" if op == "qlora_step" else op
+    if "M" in row.labels:
+        what += f", {row.labels['M']} rows" if row.labels["M"] != "1" else ", 1 row"
+    ours, theirs = (row.timings[name] for name in ("nf4", peer))
+    times = [t.median if t.cpu is None else t.cpu for t in (ours, theirs)]
+    yield [
+        what,
+        row.labels["dtype"],
+        *(f"{time / 1e3:.2f}" for time in times),
+        f"{times[1] / times[0]:.1f}",
+    ]
+
+
+def _smollm2(data: dict[str, Any]) -> list[str]:
+    cells = [[*row[:3], row[3]] for row in smollm2.rows(data)]
+    perplexity = ", ".join(f"{data['perplexity'][name]:.2f}" for name in smollm2.NAMES)
+    columns = [f"{data['model']} in bf16, seconds: best (median)", "nf4", "bitsandbytes + PEFT"]
+    return [
+        f"{data['device']}; perplexity {perplexity}:",
+        "",
+        *table([*columns, "theirs / ours"], cells),
+    ]
