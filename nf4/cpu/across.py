@@ -50,11 +50,12 @@ def across(a: Tensor, b: Tensor) -> Tensor:
         b: bfloat16 ``[M, N]``, fit for this, see `fits`.
     """
     rows, r = a.shape
-    padded = torch.zeros(rows, -(-r // _GROUP) * _GROUP)
-    padded[:, :r] = a
+    padded = a.float()
+    if r % _GROUP:
+        padded = torch.nn.functional.pad(padded, (0, _GROUP - r % _GROUP))
     out = new_empty((padded.shape[1], b.shape[1]), torch.float32)
     words = b.contiguous().view(torch.uint16).numpy().view(np.uint32)
     tiles = range(b.shape[1] // TILE)
     grain = -(-GRAIN // (rows * padded.shape[1] * TILE))
-    spread(_share, tiles, grain, padded.numpy(), words, out.numpy())
-    return out[:r]
+    spread(_share, tiles, grain, padded.contiguous().numpy(), words, out.numpy())
+    return out[:r] if r % _GROUP else out

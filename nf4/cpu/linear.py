@@ -10,7 +10,6 @@ to fp32 goes some rows at a time: beyond inputs and outputs memory stays below 6
 """
 
 import math
-import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -114,16 +113,18 @@ def _column_slabs(
 
 def _slab(size: int, dtype: torch.dtype) -> Tensor:
     """Return flat memory that holds until the next call."""
-    nbytes = size * dtype.itemsize
-    arena = scratch("slabs", max(ARENA, nbytes), torch.uint8, torch.device("cpu"))
-    begin: int = getattr(_next, "begin", 0)
-    if begin + nbytes > arena.numel():
+    purpose = f"slabs {dtype}"
+    arena = scratch(purpose, max(ARENA // dtype.itemsize, size), dtype, torch.device("cpu"))
+    begin: int = getattr(_next, purpose, 0)
+    if begin + size > arena.numel():
         begin = 0
-    _next.begin = begin + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    return arena[begin : begin + nbytes].view(dtype)
+    # A slab begins where a line of the cache does
+    setattr(_next, purpose, begin + -(-size // _LINE) * _LINE)
+    return arena[begin : begin + size]
 
 
 _next = threading.local()
+_LINE = 64  # elements, which is more
 
 
 def has_column_slabs(rows: int, columns: int, block_size: int) -> bool:
