@@ -250,9 +250,13 @@ def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     _check_linear(x, q, bias)
     _check_no_tangent(x, bias)
     x = _autocast(x)
-    weight = q.parts()
-    y: Tensor = call("linear", x, *weight, bias, q.shape[0], q.block_size, q.layout)
-    return y
+    form = (*q.parts(), bias, q.shape[0], q.block_size, q.layout)
+    if x.ndim == 2:
+        y: Tensor = call("linear", x, *form)
+        return y
+    # A view made inside would not let itself be written to in place
+    y = call("linear", x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), *form)
+    return y.view(*x.shape[:-1], q.shape[0])
 
 
 def lora_linear(

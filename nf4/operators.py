@@ -7,6 +7,7 @@ what nf4/reference/ defines. Arguments are checked in `nf4.functional`, unless t
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, cast
@@ -328,7 +329,7 @@ def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = call("linear_backward", dy, *ctx.saved_tensors, ctx.in_features, *ctx.form)
     if ctx.needs_input_grad[5]:
-        rows = dy.reshape(-1, dy.shape[-1])
+        rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
         dbias = rows.sum(dim=0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
     return dx, None, None, None, None, dbias, None, None, None
 

@@ -64,34 +64,12 @@ class QuantizedModule(nn.Module):
     @property
     def weight(self) -> NF4Tensor:
         """The quantized weight, sharing this module's tensors."""
-        parameters = self._parameters
-        packed, absmax = parameters["packed"], parameters["absmax"]
-        absmax2, offset = parameters["absmax2"], parameters["offset"]
-        # In rows it is kept while its tensors are the module's: with what is known of them, see
-        # `check_nf4`. A view of fragments would not follow a tensor that is given other memory.
-        held: NF4Tensor | None = self.__dict__.get("_rows")
-        if (
-            held is not None
-            and (held.packed is packed and held.absmax is absmax)
-            and (held.absmax2 is absmax2 and held.offset is offset)
-            and (held.dtype is self.dtype and held.block_size == self.block_size)
-        ):
-            return held
-        q = self._make_weight()
-        if q.layout == "rows" and not torch.compiler.is_compiling():
-            self.__dict__["_rows"] = q
-        return q
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out of copies and files what is only kept for speed."""
-        state = self.__dict__.copy()
-        state.pop("_rows", None)
-        return state
-
-    def _make_weight(self) -> NF4Tensor:
-        packed, layout = self.packed, self.layout
+        packed: Tensor = self.packed
+        layout = "rows"
+        if packed.dtype == torch.int32:
+            packed, layout = packed.detach().view(torch.uint8), "fragments"
         return NF4Tensor(
-            packed if layout == "rows" else packed.detach().view(torch.uint8),
+            packed,
             self.absmax,
             self._weight_shape,
             self.dtype,

@@ -149,22 +149,28 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
     if torch.compiler.is_compiling():
         _check_parts(q, name)
         return
-    addresses = _addresses(q)
-    if addresses is None or q.__dict__.get("_checked") != addresses:
+    places = _places(q)
+    if places is None or q.__dict__.get("_checked") != places:
         _check_parts(q, name)
-        q.__dict__["_checked"] = addresses
+        q.__dict__["_checked"] = places
 
 
-def _addresses(q: NF4Tensor) -> tuple[int, int, int, int] | None:
-    """Return where the parts of q lie: while they do, what was checked holds; None if unknown."""
+def _places(q: NF4Tensor) -> tuple[int, ...] | None:
+    """Return where the parts of q lie, and their sizes; None if unknown.
+
+    While these stay the same, what was checked holds.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
     packed, absmax, absmax2, offset = q.packed, q.absmax, q.absmax2, q.offset
     if type(packed) not in _PLAIN or type(absmax) not in _PLAIN:
         return None
+    own = packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel()
     if absmax2 is None or offset is None:
-        return packed.data_ptr(), absmax.data_ptr(), 0, 0
+        return own
     if type(absmax2) not in _PLAIN or type(offset) not in _PLAIN:
         return None
-    return packed.data_ptr(), absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
+    return (*own, absmax2.data_ptr(), absmax2.numel(), offset.data_ptr(), offset.numel())
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}  # others may lie nowhere

@@ -183,7 +183,7 @@ def test_cpu_work_is_cut_for_the_number_of_threads_that_pytorch_has(threads, mon
 FORK = """
 import os, torch, nf4
 from nf4.cpu import dequantize
-dequantize.GRAIN = 64
+dequantize.GRAIN, dequantize.STRIP = 64, 4
 torch.get_num_threads = lambda: 2
 q = nf4.quantize(torch.randn(64, 64))
 expected = nf4.dequantize(q)
@@ -202,6 +202,7 @@ def test_cpu_threads_survive_a_fork() -> None:
 
 CASES = {
     "whole_blocks": (5, 96, 128, 64),
+    "many_rows": (20, 96, 128, 64),
     "blocks_straddle_rows": (5, 37, 90, 64),
     "odd": (3, 37, 45, 32),
     "block_longer_than_a_slab": (3, 21, 100, 4096),
@@ -247,6 +248,8 @@ def units(request, monkeypatch) -> None:
 def case(request, monkeypatch):
     """A weight in slabs of about 1000 bytes, with x and dy: M, N, K, block size."""
     monkeypatch.setattr(cpu_linear, "SLAB", 1000)
+    monkeypatch.setattr(cpu_linear, "ARENA", 2500)
+    nf4.release_scratch()
     m, n, k, block_size = request.param
     q = nf4.quantize(torch.randn(n, k), block_size)
     return torch.randn(m, k), torch.randn(m, n), q, torch.randn(n)
@@ -258,13 +261,14 @@ def check_close(ours, expected, exact, update=0.0) -> None:
     Both round the same factors and, once, the sum; fp32 sums of at most 128 products in another
     order differ by less than 2^-18 of the result's norm here. With few rows the weight is not
     rounded to 16 bits before: fewer roundings, but other ones, and where the last is most of the
-    error its luck may be a tenth worse. Where the CPU multiplies bf16, the adapter's update, whose
-    norm is given, is rounded before it is added: half a step at most, independent of the rest.
+    error its luck may be a tenth worse. Where the CPU multiplies bf16, bias and the adapter's
+    update, of the norm given, are rounded before they are added: by half a step, 2^-8, at most,
+    independent of the rest.
     """
     assert ours.dtype == expected.dtype and ours.shape == expected.shape
     errors = [(t.double() - exact).norm() for t in (ours, expected)]
     luck = 1.1 if ours.dtype in (torch.bfloat16, torch.float16) and len(ours) <= 16 else 1.0
-    errors[1] = (errors[1] ** 2 + (update * 2**-9) ** 2) ** 0.5
+    errors[1] = (errors[1] ** 2 + (update * 2**-8) ** 2) ** 0.5
     assert errors[0] <= luck * errors[1] + 2**-18 * exact.norm()
 
 
@@ -278,7 +282,8 @@ def test_cpu_linear_equals_reference(case, dtype, units) -> None:
     ):
         ours, expected = (getattr(m, method)(*inputs) for m in (cpu_linear, reference_linear))
         exact = getattr(reference_linear, method)(inputs[0].double(), *inputs[1:])
-        check_close(ours, expected, exact)
+        rounded = bias if method == "linear" and dtype == torch.bfloat16 else torch.zeros(1)
+        check_close(ours, expected, exact, rounded.expand(len(x), -1).norm())
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -299,7 +304,7 @@ def test_cpu_lora_linear_equals_reference(case, dtype, dropout_p, units) -> None
         grads = module.lora_linear_backward(*rows, *parts(q), *lora, q.block_size, [True] * 4)
         results.append((y, t, *grads))
     wide = x.to(dtype).double(), dy.to(dtype).double()
-    y0 = reference_linear.linear(wide[0], *parts(q), bias, n, q.block_size)
+    y0 = reference_linear.linear(wide[0], *parts(q), None, n, q.block_size)
     dx0 = reference_linear.linear_backward(wide[1], *parts(q), k, q.block_size)
     bf16 = dtype == torch.bfloat16 and cpu_linear.multiplies_bf16()
     for i, (ours, expected, exact) in enumerate(zip(*results, strict=True)):
@@ -394,7 +399,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     exact = x.double() @ reference_dequantize.dequantize(*args[:6], torch.float64).T
     y = few_rows.product(x, packed, absmax, None, None, None, 9, 64)
     assert (y - exact).norm() <= 4096**0.5 * 2**-24 * exact.norm()
-assert not any("zmm" in asm for asm in dequantize._loop.inspect_asm().values())
+compiled = list(dequantize._loop.inspect_asm().values())
+assert compiled and not any("zmm" in asm for asm in compiled)
 """
 
 

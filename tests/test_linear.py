@@ -153,3 +153,43 @@ def test_linear_on_meta_gives_the_shape() -> None:
     q = nf4.quantize(torch.empty(12, 64, device="meta"))
     assert nf4.linear(torch.empty(3, 5, 64, device="meta"), q).shape == (3, 5, 12)
     assert nf4.dequantize(q, torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)], ids=str)
+def test_linear_lets_its_result_be_written_to_in_place(shape, rows) -> None:
+    q = nf4.quantize(torch.randn(64, 128))
+    x = torch.randn(*shape, rows, 128, requires_grad=True)
+    expected = torch.relu(nf4.linear(x, q) + 1)
+    y = nf4.linear(x, q)
+    y += 1
+    assert torch.equal(torch.relu_(y), expected)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.any()
+
+
+def test_linear_without_outputs_has_a_gradient_for_its_bias() -> None:
+    q = nf4.quantize(torch.empty(0, 64))
+    bias = torch.empty(0, requires_grad=True)
+    nf4.linear(torch.randn(3, 64), q, bias).sum().backward()
+    assert bias.grad is not None and bias.grad.shape == (0,)
+
+
+def test_linear_checks_again_what_was_given_other_memory() -> None:
+    q, x = nf4.quantize(torch.randn(64, 128), double_quant=False), torch.randn(1, 128)
+    nf4.linear(x, q)
+    q.absmax.resize_(2)
+    with pytest.raises(ValueError, match="absmax: expected shape"):
+        nf4.linear(x, q)
+
+
+def test_linear_under_another_default_device_and_of_lazily_negated_rows() -> None:
+    q, x = nf4.quantize(torch.randn(64, 128)), torch.randn(1, 128)
+    expected = nf4.linear(x, q)
+    with torch.device("meta"):
+        assert torch.equal(nf4.linear(x, q), expected)
+        assert torch.equal(
+            nf4.quantize(torch.ones(64, device="cpu")).packed,
+            nf4.quantize(torch.ones(64, device="cpu")).packed,
+        )
+    assert torch.equal(nf4.linear(torch._neg_view(x), q), -expected)

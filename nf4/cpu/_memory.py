@@ -20,7 +20,7 @@ def new_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     The system hands out a large tensor's pages one by one, zeroed, when they are first written: for
     32 MB that takes 18 ms in pages of 4 KB, and 4 ms in pages of 2 MB.
     """
-    tensor = torch.empty(tuple(shape), dtype=dtype)
+    tensor = torch.empty(tuple(shape), dtype=dtype, device="cpu")
     size = math.prod(shape) * tensor.element_size()
     advise = _advise() if size >= LEAST else None
     if advise is not None:

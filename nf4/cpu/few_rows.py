@@ -130,15 +130,17 @@ def product(
         rounded: to the dtype of x; the result is float32 otherwise.
     """
     m, k = x.shape
+    x = x.resolve_neg()
     dtype = x.dtype if rounded else torch.float32
     if x.dtype == torch.float16:
         x = x.float()
-    y = torch.empty(m, out_features, dtype=torch.float32 if dtype == torch.float16 else dtype)
+    held = torch.float32 if dtype == torch.float16 else dtype
+    y = torch.empty(m, out_features, dtype=held, device="cpu")
     if bias is not None:
-        bias = bias.float()
-    held = [None if t is None else t.contiguous() for t in (packed, absmax, absmax2, offset, bias)]
-    held += [x.contiguous(), y]
-    addresses = tuple([0 if t is None else t.data_ptr() for t in held])
+        bias = bias.float().resolve_neg()
+    tensors = packed, absmax, absmax2, offset, bias, x
+    kept = [None if t is None else t.contiguous() for t in tensors]
+    addresses = tuple([0 if t is None else t.data_ptr() for t in (*kept, y)])
     is_bf16 = (int(x.dtype == torch.bfloat16), int(y.dtype == torch.bfloat16))
     sizes = (m, out_features, k, block_size, *is_bf16)
     spread(_share, range(out_features), -(-GRAIN // k), addresses, sizes, levels(), scale_map())

@@ -210,7 +210,7 @@ def linear(
         packed, absmax = in_rows(packed, absmax, shape, layout)
         scales = absmax, absmax2, offset
         y = few_rows.product(rows, packed, *scales, bias, out_features, block_size)
-        return y.view(*x.shape[:-1], out_features)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
     weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
     if how == "bf16":
         y = new_empty((m, out_features), x.dtype)
@@ -225,7 +225,7 @@ def linear(
         for part in parts(m, x.dtype, k, out_features):
             wide = product(rows[part], weight, out_features)
             y[part] = wide if bias is None else wide.add_(bias)
-    return y.view(*x.shape[:-1], out_features)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
 
 
 def linear_backward(

@@ -75,7 +75,7 @@ def quantize(
     n = x.numel()
     blocks = -(-n // block_size)
     packed = new_empty(((n + 1) // 2,), torch.uint8)
-    absmax = torch.empty(blocks, dtype=torch.float32)
+    absmax = torch.empty(blocks, dtype=torch.float32, device="cpu")
     thresholds = np.array([*nf4_thresholds(), np.inf], np.float32)
     none32, none16 = np.empty(0, np.float32), np.empty(0, np.uint16)
     # What is neither fp32 nor bf16 becomes fp32 a slab at a time

@@ -55,9 +55,9 @@ def quantize_absmax(
     blocks = absmax.numel()
     # By numpy, on this thread: waking PyTorch's costs more than the sum
     total = absmax.numpy().sum(dtype=np.float64)
-    offset = torch.tensor(total / max(blocks, 1)).float()
-    codes = torch.empty(blocks, dtype=torch.uint8)
-    absmax2 = torch.empty(-(-blocks // ABSMAX_BLOCK_SIZE), dtype=torch.float32)
+    offset = torch.tensor(total / max(blocks, 1), dtype=torch.float32, device="cpu")
+    codes = torch.empty(blocks, dtype=torch.uint8, device="cpu")
+    absmax2 = torch.empty(-(-blocks // ABSMAX_BLOCK_SIZE), dtype=torch.float32, device="cpu")
     spread(
         _share,
         range(len(absmax2)),

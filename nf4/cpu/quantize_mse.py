@@ -144,8 +144,8 @@ def quantize_mse(
     """Quantize w; arguments and results as in nf4/reference/quantize_mse.py."""
     x = w.detach().reshape(-1)
     n = x.numel()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device="cpu")
     thresholds = np.array(nf4_thresholds(), np.float32)
     ratios = np.array(CANDIDATES)
     columns = np.empty(0, np.float32)
@@ -157,7 +157,7 @@ def quantize_mse(
         blocks = -(-count // block_size)
         if count % block_size:
             slab = torch.nn.functional.pad(slab, (0, blocks * block_size - count))
-        codes = torch.empty(blocks * block_size, dtype=torch.uint8)
+        codes = torch.empty(blocks * block_size, dtype=torch.uint8, device="cpu")
         args = (
             slab.numpy(),
             count,
