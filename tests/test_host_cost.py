@@ -1,6 +1,8 @@
 """What a small call costs the host, beside PyTorch's own; and what comes once."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -14,10 +16,15 @@ from nf4.bench import host_cost
 
 @pytest.mark.alone
 def test_a_small_product_costs_the_host_little_more_than_pytorch_s() -> None:
-    torch.use_deterministic_algorithms(False)  # which fill new memory
+    # In a process of its own: coverage traces this one, and its new memory is filled
+    code = "import json; from nf4.bench import host_cost; print(json.dumps(host_cost.rows()))"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
     shares = []
     for _ in range(3):  # what else runs on the machine can only add
-        cost = host_cost.rows()
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        cost = json.loads(done.stdout)
         shares.append(cost["nf4.linear, M = 1"] / cost[host_cost.LINEAR] - 1)
     # At most 10 us beyond F.linear, where that takes 3
     assert min(shares) <= 10 / 3, shares
