@@ -1,5 +1,6 @@
 """What both products share: programs that split K, the low-rank term, bias, the launch."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -102,6 +103,12 @@ def split_k_scratch(config: MatmulConfig, tiles: int, y: Tensor) -> tuple[Tensor
     return parts, zeros("split_k arrived", tiles, torch.int32, y.device)
 
 
+@lru_cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the map of scale codes and the levels on a device."""
+    return absmax_map(device), nf4_levels(device)
+
+
 def launch_product(
     kernel: Any,
     config: MatmulConfig,
@@ -121,15 +128,15 @@ def launch_product(
     """Launch a kernel of kernels/matmul.py or matmul_small.py, which fills y ``[M, N]``."""
     parts, arrived = split_k_scratch(config, tiles, y)
     rank = 0 if t is None else t.shape[1]
-    device = x.device
+    scale_map, levels = _tables(x.device)
     kernel[(tiles, config.split_k)](
         x,
         packed.view(torch.int32),
         absmax,
         y if absmax2 is None else absmax2,
         y if offset is None else offset,
-        absmax_map(device),
-        nf4_levels(device),
+        scale_map,
+        levels,
         x if t is None else t,
         x if lora_B is None else lora_B,
         x if bias is None else bias,

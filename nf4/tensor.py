@@ -170,7 +170,7 @@ def _places(q: NF4Tensor) -> tuple[int, ...] | None:
         return own
     if type(absmax2) not in _PLAIN or type(offset) not in _PLAIN:
         return None
-    return (*own, absmax2.data_ptr(), absmax2.numel(), offset.data_ptr(), offset.numel())
+    return (*own, absmax2.data_ptr(), offset.data_ptr(), absmax2.numel())
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}  # others may lie nowhere
