@@ -20,7 +20,6 @@ from nf4.cpu.dequantize import compiled, levels, scale_map, scale_of
 # registers; more rows do not fit the nearest cache.
 _FOUR, _TWO, _ONE = 4, 2, 1
 GRAIN = 1 << 17  # weights worth a thread of their own: 10 microseconds of work
-BF16, FP32 = 1, 0
 
 
 @compiled

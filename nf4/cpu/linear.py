@@ -242,11 +242,12 @@ def linear_backward(
     rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
     m, n = rows.shape
     weight = as_weight(packed, absmax, absmax2, offset, (n, in_features), block_size, layout)
+    if accumulator(dy.dtype) == dy.dtype:
+        dx = product_backward(rows, weight, in_features)
+        return dx.view(*dy.shape[:-1], in_features)
     dx = new_empty((m, in_features), dy.dtype)
     if in_bf16(dy.dtype) and has_column_slabs(n, in_features, block_size):
         add_product_backward(dx, rows, weight, beta=0)
-    elif accumulator(dy.dtype) == dy.dtype:
-        dx = product_backward(rows, weight, in_features)
     else:
         for part in parts(m, dy.dtype, n, in_features):
             dx[part] = product_backward(rows[part], weight, in_features)

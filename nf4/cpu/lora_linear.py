@@ -26,6 +26,7 @@ from nf4.cpu.linear import (
     widened,
 )
 from nf4.reference.linear import accumulator
+from nf4.reference.lora_linear import add_lora
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -54,25 +55,23 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return y and t; arguments as in nf4/reference/lora_linear.py."""
     (m, k), n = x.shape, lora_B.shape[0]
-    a, b = (matrix.to(x.dtype) for matrix in (lora_A, lora_B))
-    dropped, kept = drop(x, dropout_p, seed), 1 - dropout_p
+    dropped = drop(x, dropout_p, seed)
+    adapter = (lora_A, lora_B, scaling, dropout_p, None)  # no seed: what is dropped is dropped
     how = path(m, k, x.dtype, block_size)
     if how == "few rows":
         packed, absmax = in_rows(packed, absmax, (n, k), layout)
         scales = absmax, absmax2, offset
         wide = few_rows.product(x, packed, *scales, bias, n, block_size, rounded=False)
-        t = (widened(dropped) @ widened(a).T).div_(kept).to(x.dtype)
-        return wide.addmm_(widened(t), widened(b).T, alpha=scaling).to(x.dtype), t
+        return add_lora(wide, dropped, None, *adapter)
     weight = as_weight(packed, absmax, absmax2, offset, (n, k), block_size, layout)
     if how == "bf16":
-        t = _scaled(dropped, a.T, 1 / kept)
+        a, b = (matrix.to(x.dtype) for matrix in (lora_A, lora_B))
+        t = _scaled(dropped, a.T, 1 / (1 - dropout_p))
         return add_product(_scaled(t, b.T, scaling, bias), x, weight), t
-    y, t = new_empty((m, n), x.dtype), x.new_empty(m, a.shape[0])
+    y, t = new_empty((m, n), x.dtype), x.new_empty(m, lora_A.shape[0])
     for part in parts(m, x.dtype, k, n):
         wide = product(x[part], weight, n)
-        t[part] = (widened(dropped[part]) @ widened(a).T).div_(kept)
-        wide.addmm_(widened(t[part]), widened(b).T, alpha=scaling)
-        y[part] = wide if bias is None else wide.add_(bias)
+        y[part], t[part] = add_lora(wide, dropped[part], bias, *adapter)
     return y, t
 
 
@@ -95,20 +94,22 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, bias, lora_A and lora_B; as in nf4/reference/lora_linear.py."""
     (m, n), k = dy.shape, lora_A.shape[1]
-    weight = as_weight(packed, absmax, absmax2, offset, (n, k), block_size, layout)
+    weight = None
+    if needs[0]:
+        weight = as_weight(packed, absmax, absmax2, offset, (n, k), block_size, layout)
     a, b = (matrix.to(dy.dtype) for matrix in (lora_A, lora_B))
     u, dx = None, None
     if in_bf16(dy.dtype) and has_column_slabs(n, k, block_size):
         if needs[0] or x is not None:
             u = _scaled(dy, b, scaling)
-        if needs[0] and u is not None:
+        if weight is not None and u is not None:
             dx = drop(_scaled(u, a, 1 / (1 - dropout_p)), dropout_p, seed)
             add_product_backward(dx, dy, weight)
     elif needs[0] or x is not None:
         u = dy.new_empty(m, a.shape[0])
         for part in parts(m, dy.dtype, n):
             u[part] = (widened(dy[part]) @ widened(b)).mul_(scaling)
-        if needs[0]:
+        if weight is not None:
             dx = _input_gradient(dy, u, weight, a, dropout_p, seed)
     dbias = dy.sum(dim=0, dtype=accumulator(dy.dtype)) if needs[1] else None
     dA = dB = None
