@@ -11,7 +11,6 @@ Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxi
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -127,15 +126,14 @@ def matmul(
 ) -> Tensor:
     """Multiply by a weight in fragments; arguments as in nf4/reference/matmul.py."""
     config = matmul_config(x.shape[0], out_features, x.shape[1], x.device)
-    weight, terms = (packed, absmax, absmax2, offset), (bias, t, lora_B, scaling)
-    return launch(config, x, *weight, *terms, out_features, block_size)
+    terms = (packed, absmax, absmax2, offset, bias, t, lora_B, scaling)
+    return launch(config, x, out_features, block_size, *terms)
 
 
-def launch(config: MatmulConfig, x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
-    """Multiply cut as config says; further arguments as of `matmul`."""
-    *terms, n, block_size = rest
-    m, k = x.shape
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any) -> Tensor:
+    """Multiply cut as config says; terms are the arguments of `matmul` from packed on."""
+    m = x.shape[0]
+    y = x.new_empty(m, n)
     if m:
         launch_product(
             _matmul_kernel,
@@ -143,7 +141,6 @@ def launch(config: MatmulConfig, x: Tensor, packed: Tensor, *rest: Any) -> Tenso
             -(-m // config.block_m) * -(-n // config.block_n),
             y,
             x,
-            packed,
             *terms,
             BLOCK_SIZE=block_size,
             BLOCK_M=config.block_m,

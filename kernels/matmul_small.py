@@ -7,6 +7,8 @@ quantization).
 Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxiv.org/abs/2106.09685).
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -121,42 +123,22 @@ def matmul_small(
 ) -> Tensor:
     """Multiply few rows; arguments as in nf4/reference/matmul.py, block_size at least 64."""
     config = matmul_small_config(out_features, x.shape[1], x.device)
-    weight = (packed, absmax, absmax2, offset)
-    return launch(config, x, *weight, bias, t, lora_B, scaling, out_features, block_size)
+    terms = (packed, absmax, absmax2, offset, bias, t, lora_B, scaling)
+    return launch(config, x, out_features, block_size, *terms)
 
 
-def launch(
-    config: MatmulConfig,
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    t: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    out_features: int,
-    block_size: int,
-) -> Tensor:
-    """Multiply cut as config says; further arguments as of `matmul_small`."""
+def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any) -> Tensor:
+    """Multiply cut as config says; terms are the arguments of `matmul_small` from packed on."""
     m, k = x.shape
-    y = x.new_empty(m, out_features)
+    y = x.new_empty(m, n)
     if m:
         launch_product(
             _matmul_small_kernel,
             config,
-            -(-out_features // config.block_n),
+            -(-n // config.block_n),
             y,
             x,
-            packed,
-            absmax,
-            absmax2,
-            offset,
-            bias,
-            t,
-            lora_B,
-            scaling,
+            *terms,
             BLOCK_SIZE=block_size,
             UNROLL=4 if k % 256 == 0 else 2 if k % 128 == 0 else 1,
         )

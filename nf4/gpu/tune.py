@@ -152,7 +152,7 @@ def _fastest(
     op: str, x: Tensor, weight: Weight, n: int, clock: Clock
 ) -> tuple[_configs.MatmulConfig, float]:
     """Return the fastest of the cuts of a kernel that the model likes best, and its time."""
-    args = (x, *weight, None, None, None, 1.0, n, BLOCK_SIZE)
+    args = (x, n, BLOCK_SIZE, *weight, None, None, None, 1.0)
     cuts = _configs.ranked(op, x.shape[0], n, x.shape[1], x.device)[:CUTS]
     times = [clock(partial(LAUNCH[op], cut, *args)) for cut in cuts]
     best = min(range(len(cuts)), key=times.__getitem__)
