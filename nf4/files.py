@@ -1,4 +1,4 @@
-"""Write whole files and folders or nothing."""
+"""Files and folders: written whole or not at all, and where the package has its own."""
 
 import os
 import shutil
@@ -31,6 +31,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def beside_package(name: str) -> Path:
+    """Return a folder that an installed nf4 has in its package, and a checkout beside it."""
+    here = Path(__file__).resolve().parent
+    installed = here / name
+    return installed if installed.is_dir() else here.parent / name
 
 
 def write_file(path: Path, text: str) -> None:

@@ -5,8 +5,6 @@ Face's ``kernels`` and break ``import transformers``. An installed nf4 has the f
 file; a checkout has it one level up. Importing this module imports no kernel and no Triton.
 """
 
-from pathlib import Path
+from nf4.files import beside_package
 
-_here = Path(__file__).resolve().parent
-_installed = _here / "kernels"
-__path__ = [str(_installed if _installed.is_dir() else _here.parent / "kernels")]
+__path__ = [str(beside_package("kernels"))]
