@@ -8,6 +8,7 @@ setup(
         "nf4.reference",
         "nf4.cpu",
         "nf4.gpu",
+        "nf4.kinds",
         "nf4.demo",
         "nf4.report",
         "nf4.integrations",

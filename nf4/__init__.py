@@ -7,7 +7,7 @@ what four bits cost. Importing this package needs neither a GPU nor Triton.
 from typing import Any
 
 from nf4.activations import collect_activation_stats
-from nf4.adapters import add_lora, disable_adapter, mixed_batch, set_adapter
+from nf4.adapters import disable_adapter, mixed_batch, set_adapter
 from nf4.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
 from nf4.checkpoint import load_adapter, save_adapter
 from nf4.convert import quantize_model
@@ -23,6 +23,7 @@ from nf4.functional import (
     to_fragments,
     to_rows,
 )
+from nf4.kinds.lora import add_lora
 from nf4.linear import LinearNF4, QLoRALinear
 from nf4.merging import merge
 from nf4.scratch import release_scratch

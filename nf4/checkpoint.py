@@ -1,16 +1,14 @@
-"""Files: PEFT's LoRA adapters, written and read.
+"""Files: adapters of any kind, written and read; LoRA and (IA)³ as PEFT's.
 
 An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``; the tensors
-are called ``base_model.model.<module>.lora_A.weight`` ``[r, in]``, ``.lora_B.weight`` ``[out, r]``
-and, with DoRA, ``.lora_magnitude_vector`` ``[out]``. Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+are called ``base_model.model.<module>.<part>``, and which parts there are is the kind's to say.
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
 import json
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,118 +17,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import nf4.kinds  # noqa: F401  # so that files of every kind are known
+from nf4.adapted import AdaptedLayer, BaseChange, adapted_layers, check_adapter_name
+from nf4.adapter import KINDS, Adapter
 from nf4.adapters import (
     adapter_names,
     biases_of,
     freeze_base,
-    match_names,
+    layer_base,
+    linear_layers,
     set_adapter,
+    shortest_targets,
     train_biases,
+    with_adapter,
 )
-from nf4.convert import check_model, check_no_peft, quantized_layers, replace_layers
+from nf4.convert import check_model, check_no_peft, replace_layers
 from nf4.files import check_new, new_folder
 from nf4.initialize import dense_source, initialize
-from nf4.linear import (
-    BaseChange,
-    LinearNF4,
-    LoRA,
-    QLoRALinear,
-    check_adapter_name,
-    check_lora_options,
-    lora_scaling,
-)
+from nf4.linear import LinearNF4
+from nf4.lora import LoRA
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Of a file's metadata: whether a start took the weights before quantization
 _FROM_ORIGINAL = "nf4_from_original"
-_KEY = re.compile(
-    re.escape(_PREFIX)
-    + r"(?:(?P<module>.*)\.)?(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
-)
-# Options of PEFT that change what the tensors mean, with the values that do not; an option in
-# neither list must be empty, for it may be one that came after this was written.
-_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", "lora_only", "all"),
-    "use_rslora": (False, True, None),
-    "use_dora": (False, True, None),
-    # pissa, olora and their like train against a base weight they have changed; see _check_place
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "pissa"),
-}
-_HARMLESS = frozenset(
-    [
-        "task_type",
-        "auto_mapping",
-        "peft_type",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "r",
-        "target_modules",
-        "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "megatron_config",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "qalora_group_size",
-        "runtime_config",
-        "ensure_weight_tying",
-    ]
-)
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    """One layer's adapter as read from a file."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_magnitude: Tensor | None
-    options: dict[str, Any]  # of `LoRA`
-
-    def fits(self, layer: LinearNF4, name: str) -> bool:
-        """Return whether the layer's only adapter has this name, rank and kind."""
-        if not isinstance(layer, QLoRALinear) or list(layer.named_adapters()) != [name]:
-            return False
-        return (layer.r, layer.use_dora) == (self.options["r"], self.options["use_dora"])
-
-    def put_on(self, layer: LinearNF4, name: str, beside: bool) -> QLoRALinear:
-        """Return the layer with this adapter.
-
-        Args:
-            layer: the layer, itself if it can take the tensors.
-            name: of the adapter.
-            beside: whether the layer keeps the adapters it has.
-        """
-        if isinstance(layer, QLoRALinear) and beside:
-            layer.add_adapter(name, LoRA.of(layer.weight, **self.options))
-            adapted, adapter = layer, layer.named_adapters()[name]
-        elif isinstance(layer, QLoRALinear) and self.fits(layer, name):
-            layer._set_options(**self.options)
-            adapted = adapter = layer
-        else:
-            adapted = adapter = QLoRALinear.from_weight(
-                layer.weight, layer.bias, adapter_name=name, **self.options
-            ).take_after(layer)
-            if isinstance(layer, QLoRALinear):
-                adapted.base_change = layer.base_change
-        with torch.no_grad():
-            adapter.lora_A.copy_(self.lora_A)
-            adapter.lora_B.copy_(self.lora_B)
-            if adapter.lora_magnitude is not None and self.lora_magnitude is not None:
-                adapter.lora_magnitude.copy_(self.lora_magnitude)
-        return adapted
 
 
 def save_adapter(
@@ -139,10 +50,11 @@ def save_adapter(
     """Write a model's adapter in PEFT's files.
 
     Names are those of the model itself, without what torch.compile and DistributedDataParallel wrap
-    around it.
+    around it. A mixture of `nf4.add_adamix` is written in a form of our own; PEFT opens what
+    `nf4.merge_adamix` makes of it.
 
     Args:
-        model: a module with `QLoRALinear` layers.
+        model: a module with adapters.
         path: folder to make; it must not exist. It appears only once it is complete.
         adapter_name: which adapter; by default the active one, or the only one.
 
@@ -150,8 +62,8 @@ def save_adapter(
         FileExistsError: path exists.
         TypeError: model is no module.
         ValueError: the model has no adapter of that name, several of which none was named, adapters
-            on meta, adapters that PEFT's one config cannot describe, or a base that another
-            adapter's start has changed.
+            on meta, adapters that one config cannot describe, or a base that another adapter's
+            start has changed.
     """
     check_model(model)
     check_no_peft(model)
@@ -161,18 +73,15 @@ def save_adapter(
     config = _adapter_config(model, layers)
     changes = _base_changes(model, layers)
     tensors = {}
-    for name, layer in layers.items():
-        if layer.lora_A.is_meta:
+    for name, adapter in layers.items():
+        if any(t.is_meta for t in adapter.tensors().values()):
             raise ValueError(f"{name}: expected an adapter with values, got one on meta")
-        if not all(p.isfinite().all() for p in layer.parameters_of_adapter()):
+        if not all(p.isfinite().all() for p in adapter.parameters_of_adapter()):
             raise ValueError(f"{name}: expected an adapter of finite values to save, got others")
-        parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
-        if layer.lora_magnitude is not None:
-            parts["lora_magnitude_vector"] = layer.lora_magnitude
-        for part, tensor in parts.items():
+        for part, tensor in adapter.tensors().items():
             key = f"{name}.{part}" if name else part
             tensors[_PREFIX + key] = tensor.detach().cpu().contiguous()
-    for name, parameter in biases_of(model, config["bias"]).items():
+    for name, parameter in biases_of(model, config.get("bias", "none")).items():
         module = _file_name(name.rpartition(".")[0])
         key = f"{module}.base_layer.bias" if module in layers else _file_name(name)
         tensors[_PREFIX + key] = parameter.detach().cpu().contiguous()
@@ -191,16 +100,16 @@ def load_adapter(
     adapter_name: str | None = None,
     original: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | None = None,
 ) -> None:
-    """Put an adapter saved by `save_adapter` or by PEFT on a quantized model.
+    """Put an adapter saved by `save_adapter` or by PEFT on a model.
 
     Without a name the model has exactly the adapter of the file afterwards, called "default";
     with one, it is put beside those that are there. It is active and trainable, all else is frozen.
     An adapter that started by PiSSA changes the base as that start did, from the same weights.
 
     Args:
-        model: a module with `LinearNF4` or `QLoRALinear` layers; changed in place, and only after
+        model: a module with linear layers, `LinearNF4` or dense; changed in place, and only after
             the whole file has been checked.
-        path: folder with PEFT's two files.
+        path: folder with PEFT's two files, or those of another kind.
         adapter_name: what to call it.
         original: the weights before quantization, see `nf4.add_lora`; needed for an adapter that
             started by PiSSA from them, on a base that is as `nf4.quantize_model` makes it.
@@ -208,8 +117,9 @@ def load_adapter(
     Raises:
         FileNotFoundError: path or one of its two files is missing.
         TypeError: model is no module.
-        ValueError: a file is corrupt, is no LoRA or DoRA adapter, or does not fit the model or its
-            base, or a layer has an adapter of that name; the message names the file and the tensor.
+        ValueError: a file is corrupt, holds no adapter of a kind known here, or one that does not
+            fit the model or its base, a layer has an adapter of that name, or, without a name, one
+            of another kind; the message names the file and the tensor.
     """
     path, beside = Path(path), adapter_name is not None
     name = "default" if adapter_name is None else adapter_name
@@ -217,68 +127,41 @@ def load_adapter(
     check_no_peft(model)
     check_adapter_name(name)
     model = _unwrapped(model)
-    config = _read_config(path / CONFIG_NAME)
-    adapters, biases = _read_tensors(path / WEIGHTS_NAME)
-    layers = quantized_layers(model)
+    config, kind = _read_config(path / CONFIG_NAME)
+    adapters, biases = _read_tensors(path / WEIGHTS_NAME, kind)
+    layers = linear_layers(model)
+    if not beside:
+        _check_kind(model, kind, path / CONFIG_NAME)
     bias = config.get("bias") or "none"
     values = _find_biases(model, biases, bias, beside, path / WEIGHTS_NAME)
-    pissa = config.get("init_lora_weights") == "pissa"
     from_original = _metadata(path / WEIGHTS_NAME).get(_FROM_ORIGINAL) == "True"
-    found: dict[int, _Adapter] = {}
+    found: dict[int, Adapter] = {}
     changes: dict[int, BaseChange | None] = {}
     for module, tensors in adapters.items():
         layer = _find_layer(layers, module, path / WEIGHTS_NAME)
-        _check_tensors(layer, module, tensors, path / WEIGHTS_NAME)
-        adapter = _make_adapter(config, module, tensors, path / CONFIG_NAME)
-        r = adapter.options["r"]
-        changes[id(layer)] = BaseChange("pissa", r, from_original, name) if pissa else None
-        _check_place(layer, module, name, beside, changes[id(layer)], path / CONFIG_NAME)
-        known = found.setdefault(id(layer), adapter)
-        if not all(
-            torch.equal(getattr(known, key), getattr(adapter, key)) for key in ("lora_A", "lora_B")
-        ):
+        try:
+            adapter = kind.from_file(layer_base(layer), config, module, tensors)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {module}: {error}") from error
+        change = None
+        if isinstance(adapter, LoRA) and config.get("init_lora_weights") == "pissa":
+            change = BaseChange("pissa", adapter.r, from_original, name)
+        changes[id(layer)] = change
+        _check_place(layer, module, name, beside, change, path / CONFIG_NAME)
+        known = found.setdefault(id(layer), adapter).tensors()
+        if not all(torch.equal(known[part], t) for part, t in adapter.tensors().items()):
             raise ValueError(
                 f"{path / WEIGHTS_NAME}: {module}: expected the tensors of the layer's other name, "
                 "got different ones"
             )
-    for module, layer in layers.items():
-        changed = isinstance(layer, QLoRALinear) and layer.base_change is not None
-        if changed and id(layer) not in found and not beside:
-            raise ValueError(
-                f"{path / WEIGHTS_NAME}: expected an adapter of {module}, whose base was "
-                f"{layer.base_change}, found none"
-            )
-    fresh = {
-        _file_name(n): m
-        for n, m in layers.items()
-        if pissa and not isinstance(m, QLoRALinear) and id(m) in found
-    }
-    names = {id(layer): n for n, layer in fresh.items()}
-    source = dense_source(original, fresh, needed=True) if fresh and from_original else None
-
-    def convert(layer: LinearNF4) -> LinearNF4:
-        adapter = found.get(id(layer))
-        if adapter is None:
-            return layer if beside or not isinstance(layer, QLoRALinear) else layer.to_base()
-        module, change = names.get(id(layer)), changes[id(layer)]
-        if module is not None:
-            dense = None if source is None else source(module)
-            r, alpha, rslora = (adapter.options[o] for o in ("r", "lora_alpha", "use_rslora"))
-            start = initialize("pissa", layer.weight, dense, r, lora_scaling(r, alpha, rslora))
-            layer = LinearNF4.from_weight(start.q, layer.bias).take_after(layer)
-        adapted = adapter.put_on(layer, name, beside)
-        adapted.base_change = change or adapted.base_change
-        return adapted
-
+    _check_left(layers, found, beside, path / WEIGHTS_NAME)
     root = layers.get("")
-    if root is not None and (
-        id(root) not in found
-        or not (found[id(root)].fits(root, name) or (beside and isinstance(root, QLoRALinear)))
-    ):
+    if root is not None and not (id(root) in found and _takes(root, name, found[id(root)], beside)):
         raise ValueError(
-            "model: expected a model that holds the layers, or one QLoRALinear of the file's rank; "
-            f"a {type(root).__name__} alone cannot be replaced in place"
+            "model: expected a model that holds the layers, or one layer with an adapter of the "
+            f"file's kind and rank; a {type(root).__name__} alone cannot be replaced in place"
         )
+    convert = _converter(layers, found, changes, original, name, beside)
     replace_layers(model, layers, convert)
     freeze_base(model)
     set_adapter(model, name)
@@ -286,6 +169,101 @@ def load_adapter(
     with torch.no_grad():
         for parameter, value in values:
             parameter.copy_(value)
+
+
+def _converter(
+    layers: Mapping[str, nn.Module],
+    found: Mapping[int, Adapter],
+    changes: Mapping[int, BaseChange | None],
+    original: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | None,
+    adapter_name: str,
+    beside: bool,
+) -> Callable[[nn.Module], nn.Module]:
+    """Return what makes of a layer the one with its adapter of a file.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: a base is to be changed as a start did, and
+            original is not what that needs.
+    """
+    fresh = {
+        _file_name(n): m
+        for n, m in layers.items()
+        if changes.get(id(m)) is not None
+        and isinstance(m, LinearNF4)
+        and not isinstance(m, AdaptedLayer)
+    }
+    names = {id(layer): n for n, layer in fresh.items()}
+    from_original = any(c.from_original for c in changes.values() if c is not None)
+    source = dense_source(original, fresh, needed=True) if fresh and from_original else None
+
+    def convert(layer: nn.Module) -> nn.Module:
+        adapter, change = found.get(id(layer)), changes.get(id(layer))
+        if adapter is None:
+            return layer if beside or not isinstance(layer, AdaptedLayer) else layer.to_base()
+        module = names.get(id(layer))
+        if module is not None and change is not None and isinstance(adapter, LoRA):
+            dense = None if source is None else source(module)
+            base: Any = layer
+            start = initialize(change.kind, base.weight, dense, change.r, adapter.scaling)
+            layer = LinearNF4.from_weight(start.q, base.bias).take_after(base)
+        adapted = _put_on(layer, adapter_name, adapter, beside)
+        adapted.base_change = change or adapted.base_change
+        return adapted
+
+    return convert
+
+
+def _takes(layer: nn.Module, name: str, adapter: Adapter, beside: bool) -> bool:
+    """Return whether a layer can have an adapter without being replaced."""
+    if not isinstance(layer, AdaptedLayer):
+        return False
+    held = layer.named_adapters()
+    return beside or (list(held) == [name] and held[name].fits(adapter))
+
+
+def _put_on(layer: nn.Module, name: str, adapter: Adapter, beside: bool) -> AdaptedLayer:
+    """Return a layer with an adapter of a file.
+
+    Args:
+        layer: a linear layer; itself is returned if it can take the adapter, or its values.
+        name: of the adapter.
+        adapter: new.
+        beside: whether the layer keeps the adapters it has.
+    """
+    if not isinstance(layer, AdaptedLayer) or (beside and _takes(layer, name, adapter, beside)):
+        return with_adapter(layer, name, adapter)
+    if _takes(layer, name, adapter, beside):
+        layer.named_adapters()[name].take(adapter)
+        return layer
+    adapted = with_adapter(layer.to_base(), name, adapter)
+    adapted.base_change = layer.base_change
+    return adapted
+
+
+def _check_kind(model: nn.Module, kind: type[Adapter], file: Path) -> None:
+    """Raise ValueError if a model has adapters of another kind than a file that would replace them.
+
+    Whoever wants another kind gives it a name, or a model without adapters.
+    """
+    for layer in adapted_layers(model):
+        for name, adapter in layer.named_adapters().items():
+            if not isinstance(adapter, kind):
+                raise ValueError(
+                    f"{file}: expected peft_type {adapter.peft_type!r} like the model's adapter "
+                    f"{name!r}, got {kind.peft_type!r}; give it an adapter_name to have both"
+                )
+
+
+def _check_left(
+    layers: Mapping[str, nn.Module], found: Mapping[int, Adapter], beside: bool, file: Path
+) -> None:
+    """Raise ValueError if an adapter that has changed its base would be lost."""
+    for module, layer in layers.items():
+        change = layer.base_change if isinstance(layer, AdaptedLayer) else None
+        if change is not None and id(layer) not in found and not beside:
+            raise ValueError(
+                f"{file}: expected an adapter of {module}, whose base was {change}, found none"
+            )
 
 
 def _find_biases(
@@ -310,15 +288,15 @@ def _find_biases(
     return found
 
 
-def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoRA]:
+def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, Adapter]:
     """Return one adapter's layers by the name they have in files, each once.
 
     Raises:
         ValueError: there is no adapter of that name, or no name was given and there are several.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QLoRALinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
     if not layers:
-        raise ValueError("model: expected QLoRALinear layers (nf4.add_lora makes them), found none")
+        raise ValueError("model: expected layers with adapters (nf4.add_lora, …), found none")
     known = adapter_names(model)
     active = {name for layer in layers.values() for name in layer.active_adapters}
     choices = [adapter_name] if adapter_name is not None else sorted(active) or known
@@ -347,40 +325,20 @@ def _file_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _find_layer(layers: dict[str, LinearNF4], name: str, file: Path) -> LinearNF4:
+def _find_layer(layers: Mapping[str, nn.Module], name: str, file: Path) -> nn.Module:
     for module, layer in layers.items():
         if _file_name(module) == name:
-            if layer.packed.is_meta:
+            if layer_base(layer).weight.device.type == "meta":
                 raise ValueError(f"{name}: expected a layer with values, got one on meta")
             return layer
     raise ValueError(
-        f"{file}: expected adapters of LinearNF4 layers of this model, "
+        f"{file}: expected adapters of linear layers of this model, "
         f"got one of {name!r}, which it does not have"
     )
 
 
-def _check_tensors(layer: LinearNF4, name: str, tensors: dict[str, Tensor], file: Path) -> None:
-    r = tensors["lora_A.weight"].shape[0]
-    expected = {"lora_A.weight": (r, layer.in_features), "lora_B.weight": (layer.out_features, r)}
-    found = {part: tuple(tensors[part].shape) for part in expected}
-    if found != expected or r < 1:
-        a, b = found.values()
-        raise ValueError(
-            f"{file}: {name}: expected lora_A and lora_B of shapes (r, {layer.in_features}) and "
-            f"({layer.out_features}, r) with r ≥ 1, got {a} and {b}"
-        )
-    magnitude = tensors.get("lora_magnitude_vector")
-    if magnitude is not None and tuple(magnitude.shape) != (layer.out_features,):
-        raise ValueError(
-            f"{file}: {name}: expected lora_magnitude_vector of shape ({layer.out_features},), "
-            f"got {tuple(magnitude.shape)}"
-        )
-    if not all(t.float().isfinite().all() for t in tensors.values()):
-        raise ValueError(f"{file}: {name}: expected finite values, got NaN or an infinity")
-
-
 def _check_place(
-    layer: LinearNF4,
+    layer: nn.Module,
     module: str,
     name: str,
     beside: bool,
@@ -388,7 +346,7 @@ def _check_place(
     file: Path,
 ) -> None:
     """Raise unless an adapter can be put on a layer with its base as it is."""
-    if not isinstance(layer, QLoRALinear):
+    if not isinstance(layer, AdaptedLayer):
         return
     if beside and name in layer.named_adapters():
         raise ValueError(f"{file}: {module}: expected a layer without adapter {name!r}, it has one")
@@ -408,10 +366,10 @@ def _changed(change: BaseChange | None) -> str:
     return "as nf4.quantize_model makes it" if change is None else str(change)
 
 
-def _base_changes(model: nn.Module, layers: dict[str, LoRA]) -> BaseChange | None:
+def _base_changes(model: nn.Module, layers: dict[str, Adapter]) -> BaseChange | None:
     """Return what changed the base for an adapter; raise unless a file can say so."""
     modules = dict(model.named_modules())
-    bases = {_file_name(n): m for n, m in modules.items() if isinstance(m, QLoRALinear)}
+    bases = {_file_name(n): m for n, m in modules.items() if isinstance(m, AdaptedLayer)}
     found = {name: bases[name].base_change for name in layers}
     for name, layer in layers.items():
         change = found[name]
@@ -431,101 +389,38 @@ def _metadata(file: Path) -> dict[str, str]:
         return dict(opened.metadata() or {})
 
 
-def _make_adapter(
-    config: dict[str, Any], name: str, tensors: dict[str, Tensor], file: Path
-) -> _Adapter:
-    r, alpha = (
-        _by_pattern(config, pattern, name, config[default], file)
-        for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )
-    options = {
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": config.get("lora_dropout", 0.0),
-        "use_rslora": config.get("use_rslora") or False,
-        "use_dora": config.get("use_dora") or False,
-    }
-    try:
-        check_lora_options(**options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {name}: {error}") from error
-    a, b, magnitude = (
-        tensors.get(key) for key in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-    )
-    assert a is not None and b is not None
-    if r != a.shape[0]:
-        raise ValueError(f"{file}: {name}: expected tensors of rank {r}, got {len(a)}")
-    if (magnitude is not None) != options["use_dora"]:
-        what = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
-        raise ValueError(
-            f"{file}: {name}: expected what use_dora={options['use_dora']} needs, got {what}"
-        )
-    return _Adapter(a, b, magnitude, options)
-
-
-def _by_pattern(config: dict[str, Any], option: str, name: str, default: Any, file: Path) -> Any:
-    """Return PEFT's value for a module: that of the first pattern that matches its name's end."""
-    patterns = config.get(option) or {}
-    try:
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-    except (AttributeError, re.error) as error:
-        raise ValueError(
-            f"{file}: {option}: expected regular expressions and values, got {patterns!r}: {error}"
-        ) from error
-    return default
-
-
-def _adapter_config(model: nn.Module, layers: dict[str, LoRA]) -> dict[str, Any]:
-    for option in ("lora_dropout", "use_rslora", "use_dora"):
-        values = {getattr(layer, option) for layer in layers.values()}
-        if len(values) > 1:
-            raise ValueError(f"{option}: expected one value for all adapters, got {values}")
-    first = next(iter(layers.values()))
-    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.lora_alpha for layer in layers.values()).most_common(1)[0][0]
-    exact = {name: f"^{re.escape(name)}" for name in layers}
+def _adapter_config(model: nn.Module, layers: dict[str, Adapter]) -> dict[str, Any]:
+    kinds = {type(adapter).peft_type for adapter in layers.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"model: expected one kind of adapter by that name, got {sorted(kinds)}")
+    kind = KINDS[kinds.pop()]
     base = getattr(model, "name_or_path", None)
     return {
-        "peft_type": "LORA",
+        "peft_type": kind.peft_type,
         "task_type": None,
         "base_model_name_or_path": base if isinstance(base, str) and base else None,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": first.lora_dropout,
-        "use_rslora": first.use_rslora,
-        "use_dora": first.use_dora,
-        "target_modules": _target_modules(model, layers),
-        "rank_pattern": {exact[n]: m.r for n, m in layers.items() if m.r != r},
-        "alpha_pattern": {
-            exact[n]: m.lora_alpha for n, m in layers.items() if m.lora_alpha != alpha
-        },
-        "bias": _trained_biases(model),
+        **kind.config_of(layers),
+        "target_modules": _targets(model, layers),
+        **(_trained_biases(model) if kind.trains_biases else {}),
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
     }
 
 
-def _trained_biases(model: nn.Module) -> str:
-    found = {m.trained_biases for m in model.modules() if isinstance(m, QLoRALinear)}
+def _targets(model: nn.Module, layers: Mapping[str, Any]) -> list[str] | str:
+    names = [_file_name(name) for name, _ in model.named_modules()]
+    return shortest_targets(names, set(layers))
+
+
+def _trained_biases(model: nn.Module) -> dict[str, str]:
+    found = {layer.trained_biases for layer in adapted_layers(model)}
     if len(found) > 1:
         raise ValueError(f"bias: expected one value for all adapters, got {found}")
-    return found.pop()
+    return {"bias": found.pop()}
 
 
-def _target_modules(model: nn.Module, layers: dict[str, LoRA]) -> list[str] | str:
-    """Return the shortest form of PEFT's target_modules that names these layers and no others."""
-    names = [_file_name(name) for name, _ in model.named_modules()]
-    lists = (sorted({name.rpartition(".")[2] for name in layers}), sorted(layers))
-    for targets in lists:
-        if match_names(names, targets) == set(layers):
-            return targets
-    return "|".join(re.escape(name) for name in sorted(layers))
-
-
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> tuple[dict[str, Any], type[Adapter]]:
+    """Return a file's config and the kind of its adapter."""
     if not file.is_file():
         raise FileNotFoundError(
             f"path: expected a folder with {CONFIG_NAME}, {file} does not exist"
@@ -534,25 +429,21 @@ def _read_config(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{file}: expected peft_type 'LORA', got {found!r}")
-    for option, value in config.items():
-        plain = option in _HARMLESS or (
-            value in _PLAIN_LORA[option] if option in _PLAIN_LORA else not value
-        )
-        if not plain:
-            raise ValueError(f"{file}: expected a plain LoRA adapter, got {option}={value!r}")
-    options: list[Any] = [config.get(name) for name in ("r", "lora_alpha")]
-    options += [config.get("lora_dropout", 0.0)]
+    found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if not isinstance(config, dict) or not isinstance(found, str) or found not in KINDS:
+        known = " or ".join(repr(kind) for kind in sorted(KINDS))
+        raise ValueError(f"{file}: expected peft_type {known}, got {found!r}")
+    kind = KINDS[found]
     try:
-        check_lora_options(*options)
+        kind.check_config(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
-    return config
+    return config, kind
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _read_tensors(
+    file: Path, kind: type[Adapter]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Return adapters' tensors by module and by the end of their name, and biases by name."""
     if not file.is_file():
         raise FileNotFoundError(
@@ -562,24 +453,23 @@ def _read_tensors(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, T
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a safetensors file, got {error}") from error
+    ends = "|".join(re.escape(part) for part in kind.parts)
+    pattern = re.compile(rf"{re.escape(_PREFIX)}(?:(?P<module>.*)\.)?(?P<part>{ends})")
     modules: dict[str, dict[str, Tensor]] = {}
     biases: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if key.startswith(_PREFIX) and key.endswith(".bias") and tensor.ndim == 1:
             biases[key.removeprefix(_PREFIX)] = tensor
             continue
-        match = _KEY.fullmatch(key)
-        dims = 1 if match is not None and match["part"] == "lora_magnitude_vector" else 2
+        match = pattern.fullmatch(key)
+        dims = None if match is None else kind.parts[match["part"]]
         if match is None or tensor.ndim != dims or not tensor.is_floating_point():
+            form = ", ".join(f"{p} of {d} dimensions" for p, d in kind.parts.items())
             raise ValueError(
-                f"{file}: expected matrices called {_PREFIX}<module>.lora_A.weight or "
-                f".lora_B.weight, and vectors .lora_magnitude_vector, got {key!r}, {tensor.dtype} "
-                f"{tuple(tensor.shape)}"
+                f"{file}: expected floating tensors called {_PREFIX}<module>.<part> with the parts "
+                f"{form}, got {key!r}, {tensor.dtype} {tuple(tensor.shape)}"
             )
         modules.setdefault(match["module"] or "", {})[match["part"]] = tensor
-    for name, parts in modules.items():
-        if not {"lora_A.weight", "lora_B.weight"} <= parts.keys():
-            raise ValueError(f"{file}: {name}: expected lora_A and lora_B, got only one of them")
     if not modules:
-        raise ValueError(f"{file}: expected lora_A and lora_B tensors, got none")
+        raise ValueError(f"{file}: expected tensors of {kind.peft_type}, got none")
     return modules, biases

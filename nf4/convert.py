@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from nf4.adapted import AdaptedLayer
 from nf4.embedding import EmbeddingNF4, is_embedding
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
@@ -78,6 +79,7 @@ def quantize_model(
     block_size, scale = check_block_size(block_size), check_scale(scale)
     skip_modules = check_skip_modules(skip_modules)
     check_no_peft(model)
+    check_no_adapters(model)
     check_callback(progress, "progress")
     layers = dense_layers(model, skip_modules, quantize_embeddings)
     if not layers:
@@ -277,6 +279,16 @@ def check_no_peft(model: nn.Module) -> None:
             f"model: expected a model without PEFT's adapters, got {type(wrapped[0]).__name__}; "
             "quantize before PEFT adds them, and save and merge them by PEFT's own methods"
         )
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Raise ValueError if dense layers of a model have adapters: they would stay dense."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer) and not isinstance(module, LinearNF4):
+            raise ValueError(
+                f"model: expected a model without adapters, got them on {name}; quantize before "
+                "adding them"
+            )
 
 
 def check_callback(function: Callable[..., None] | None, name: str) -> None:

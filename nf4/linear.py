@@ -1,16 +1,16 @@
 """Linear layers on a 4-bit weight: LinearNF4, frozen, and QLoRALinear, with a trainable adapter."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from nf4.adapted import AdaptedLayer, check_adapter_name
+from nf4.adapter import Adapter, Base, Folded
 from nf4.dispatch import wants_fragments
 from nf4.functional import (
     check_block_size,
-    check_dropout,
     check_weight,
     dequantize,
     linear,
@@ -18,7 +18,7 @@ from nf4.functional import (
     to_fragments,
     to_rows,
 )
-from nf4.lora import LowRank, adapted_linear, fold, mixed_linear, weight_norm
+from nf4.lora import LoRA, check_lora_options
 from nf4.quantized_module import QuantizedModule
 from nf4.tensor import NF4Tensor, check_nf4
 
@@ -48,6 +48,33 @@ def dense_weight(module: nn.Module) -> Tensor:
     raise TypeError(
         f"expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}"
     )
+
+
+def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a layer around a dense weight and bias; it shares parameters of the weight's dtype."""
+    n, k = weight.shape
+    dense = nn.Linear(k, n, bias=False, device="meta", dtype=weight.dtype)
+    dense.weight = _as_parameter(weight)
+    dense.bias = None if bias is None else _as_parameter(bias, weight.dtype)  # type: ignore[assignment]
+    return dense
+
+
+def make_conv1d(kind: type[nn.Module], weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return transformers' Conv1D around a weight ``[in_features, out_features]`` and a bias."""
+    conv: Any = kind.__new__(kind)
+    nn.Module.__init__(conv)
+    conv.nx, conv.nf = weight.shape
+    conv.weight = _as_parameter(weight)
+    conv.bias = None if bias is None else _as_parameter(bias, weight.dtype)
+    module: nn.Module = conv
+    return module
+
+
+def _as_parameter(tensor: Tensor, dtype: torch.dtype | None = None) -> nn.Parameter:
+    """Return a tensor itself, if it is a parameter of a dtype, or a parameter with its values."""
+    if isinstance(tensor, nn.Parameter) and dtype in (None, tensor.dtype):
+        return tensor
+    return nn.Parameter(tensor.detach().to(dtype or tensor.dtype))
 
 
 class LinearNF4(QuantizedModule):
@@ -233,30 +260,22 @@ class LinearNF4(QuantizedModule):
         dense = self.to_linear(weight)
         if self.conv1d is None:
             return dense
-        conv: Any = self.conv1d.__new__(self.conv1d)
-        nn.Module.__init__(conv)
-        conv.nf, conv.nx = self.out_features, self.in_features
-        conv.weight = nn.Parameter(dense.weight.detach().T.contiguous())
-        conv.bias = dense.bias
-        module: nn.Module = conv.train(self.training)
-        return module
+        turned = dense.weight.detach().T.contiguous()
+        return make_conv1d(self.conv1d, turned, dense.bias).train(self.training)
 
     def to_linear(self, weight: Tensor | None = None) -> nn.Linear:
         """Return a ``torch.nn.Linear`` with `merged_weight`; it shares a bias of the same dtype.
 
         Args:
-            weight: what to take instead of `merged_weight`, of the same shape and dtype.
+            weight: what to take instead of `merged_weight`, of the same shape and dtype; adapters
+                are left out of the bias then.
         """
-        weight = self.merged_weight() if weight is None else weight
-        dense = nn.Linear(
-            self.in_features, self.out_features, bias=False, device="meta", dtype=self.dtype
-        )
-        dense.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-        if self.bias is not None and self.bias.dtype != self.dtype:
-            dense.bias = nn.Parameter(self.bias.detach().to(self.dtype))
-        elif self.bias is not None:
-            dense.bias = self.bias
-        return dense.train(self.training)
+        weight, bias = self._merged() if weight is None else (weight, self.bias)
+        return make_linear(weight, bias).train(self.training)
+
+    def _merged(self) -> Folded:
+        """Return the dense weight in `dtype`, and the bias."""
+        return self.merged_weight(), self.bias
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
@@ -267,95 +286,27 @@ class LinearNF4(QuantizedModule):
         )
 
 
-@dataclass(frozen=True)
-class BaseChange:
-    """What has changed a layer's weight for an adapter, which fits no other weight then.
+class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
+    """A `LinearNF4` with adapters of any kind."""
 
-    Attributes:
-        kind: "pissa".
-        r: rank that was taken out of the weight.
-        from_original: whether out of the weight before quantization.
-        adapter_name: of the adapter.
-    """
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._start_adapters()
 
-    kind: str
-    r: int
-    from_original: bool
-    adapter_name: str
+    def base(self) -> Base:
+        """Return x W^T + bias on the 4-bit weight."""
+        return Base(self.weight, self.bias)
 
-    def __str__(self) -> str:
-        """Describe it in messages."""
-        source = "the original weight" if self.from_original else "the 4-bit weight"
-        return f"changed by {self.kind} of rank {self.r} from {source}"
+    def to_base(self) -> LinearNF4:
+        """Return the frozen layer without adapters; it shares weight and bias."""
+        return LinearNF4.from_weight(self.weight, self.bias).take_after(self)
+
+    def _merged(self) -> Folded:
+        weight, bias = self.exact_merged()
+        return weight.to(self.dtype), bias
 
 
-class LoRA(nn.Module):
-    """The parameters of one adapter: ``lora_A``, ``lora_B`` and, with DoRA, ``lora_magnitude``.
-
-    ``lora_A`` float32 ``[r, in_features]`` starts as PEFT's does and ``lora_B`` float32
-    ``[out_features, r]`` at zero; ``lora_magnitude`` float32 ``[out_features]`` at the length of
-    each row of the weight. The options are those of `QLoRALinear`.
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    lora_magnitude: nn.Parameter | None
-
-    def _set_options(
-        self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, use_dora: bool
-    ) -> None:
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.use_rslora, self.use_dora = use_rslora, use_dora
-
-    def _make_adapter(self, q: NF4Tensor) -> None:
-        (n, k), options = q.shape, {"dtype": torch.float32, "device": q.device}
-        self.lora_A = nn.Parameter(torch.empty(self.r, k, **options))  # type: ignore[call-overload]
-        self.lora_B = nn.Parameter(torch.zeros(n, self.r, **options))  # type: ignore[call-overload]
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.register_parameter("lora_magnitude", None)
-        if self.use_dora:
-            self.lora_magnitude = nn.Parameter(weight_norm(q))
-
-    @classmethod
-    def of(cls, q: NF4Tensor, **options: Any) -> "LoRA":
-        """Return a new adapter for a quantized weight."""
-        adapter = cls()
-        adapter._set_options(**options)
-        adapter._make_adapter(q)
-        return adapter
-
-    @torch.no_grad()
-    def start_from(self, q: NF4Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Set the adapter's values, and the lengths to those of W + s B A."""
-        self.lora_A.copy_(lora_A)
-        self.lora_B.copy_(lora_B)
-        if self.lora_magnitude is not None:
-            self.lora_magnitude.copy_(weight_norm(q, self.low_rank()))
-
-    @property
-    def scaling(self) -> float:
-        """Factor of the adapter's output."""
-        return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
-
-    def parameters_of_adapter(self) -> list[nn.Parameter]:
-        """Return what is trained of the adapter."""
-        found = (self.lora_A, self.lora_B, self.lora_magnitude)
-        return [p for p in found if p is not None]
-
-    def low_rank(self) -> LowRank:
-        """Return what the adapter computes with, dropout only in training."""
-        dropout_p = self.lora_dropout if self.training else 0.0
-        return LowRank(self.lora_A, self.lora_B, self.scaling, dropout_p, self.lora_magnitude)
-
-    def extra_repr(self) -> str:
-        """Describe the adapter in ``print(model)``."""
-        return (
-            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
-            f"use_rslora={self.use_rslora}, use_dora={self.use_dora}"
-        )
-
-
-class QLoRALinear(LinearNF4, LoRA):
+class QLoRALinear(AdaptedLinearNF4, LoRA):
     """A `LinearNF4` with a trainable low-rank adapter: y = x W^T + s dropout(x) A^T B^T + bias.
 
     ``lora_A`` float32 ``[r, in_features]`` starts as PEFT's does and ``lora_B`` float32
@@ -405,115 +356,28 @@ class QLoRALinear(LinearNF4, LoRA):
         super().__init__(in_features, out_features, bias, device, dtype, **options)
         self._set_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
         self.adapter_name = adapter_name
-        self.active_adapters: tuple[str, ...] = (adapter_name,)
-        self.adapters: nn.ModuleDict | None = None  # further ones
-        self.base_change: BaseChange | None = None
-        self.trained_biases = "none"  # of the model, beside the adapter: see nf4.add_lora
-        self.adapters_disabled = False
-        self.samples: tuple[str | None, ...] | None = None  # adapters of a batch's samples
-        self._make_adapter(self.weight)
+        self._start_adapters(adapter_name)
+        self._make_adapter(self.base())
 
     @classmethod
     def from_weight(cls, q: NF4Tensor, bias: Tensor | None = None, **options: Any) -> Self:
         """Make a layer with a new adapter around a quantized weight; as `LinearNF4.from_weight`."""
         layer = super().from_weight(q, bias, **options)
-        layer._make_adapter(q)
+        layer._make_adapter(layer.base())
         return layer
 
-    def add_adapter(self, name: str, adapter: LoRA) -> None:
-        """Put another adapter beside the first; it is not active yet.
+    @classmethod
+    def with_lora(cls, layer: LinearNF4, name: str, adapter: LoRA) -> Self:
+        """Make a layer of a frozen one, whose weight and bias it shares, and its first adapter."""
+        new = cls.from_weight(layer.weight, layer.bias, adapter_name=name, **adapter.options)
+        new.lora_A, new.lora_B = adapter.lora_A, adapter.lora_B
+        new.lora_magnitude = adapter.lora_magnitude
+        return new.take_after(layer)
 
-        Raises:
-            ValueError: the layer has an adapter of that name.
-        """
-        check_adapter_name(name)
-        if name in self.named_adapters():
-            raise ValueError(f"expected a name without adapter, got {name!r}, which is taken")
-        if self.adapters is None:
-            self.adapters = nn.ModuleDict()
-        self.adapters[name] = adapter.train(self.training)
-
-    def named_adapters(self) -> dict[str, LoRA]:
+    def named_adapters(self) -> dict[str, Adapter]:
         """Return the adapters by name, the first one being the layer itself."""
-        more: Any = () if self.adapters is None else self.adapters.items()
-        return {self.adapter_name: self, **dict(more)}
-
-    def set_adapter(self, *names: str) -> None:
-        """Compute and train these adapters and no others; none for the base alone.
-
-        Names of adapters that are on other layers only mean none here.
-        """
-        adapters = self.named_adapters()
-        self.active_adapters = tuple(name for name in dict.fromkeys(names) if name in adapters)
-        for name, adapter in adapters.items():
-            for parameter in adapter.parameters_of_adapter():
-                parameter.requires_grad_(name in self.active_adapters)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return base plus active adapters, ``[..., out_features]`` in the dtype of input."""
-        if self.adapters_disabled:
-            return linear(input, self.weight, self.bias)
-        adapters = self.named_adapters()
-        if self.samples is not None:
-            low = {name: adapter.low_rank() for name, adapter in adapters.items()}
-            samples = [None if name is None else low.get(name) for name in self.samples]
-            return mixed_linear(input, self.weight, self.bias, samples)
-        active = [adapters[name].low_rank() for name in self.active_adapters]
-        return adapted_linear(input, self.weight, self.bias, active)
-
-    def merged_weight(self) -> Tensor:
-        """Return the dense weight, active adapters added in fp32 and rounded once to `dtype`."""
-        return self.exact_merged_weight().to(self.dtype)
-
-    def exact_merged_weight(self) -> Tensor:
-        """Return `merged_weight` before it is rounded to `dtype`: float32."""
-        adapters = self.named_adapters()
-        active = [adapters[name].low_rank() for name in self.active_adapters]
-        return fold(dequantize(self.weight, torch.float32), self.weight, active)
-
-    def to_base(self) -> LinearNF4:
-        """Return the frozen layer without the adapter; it shares weight and bias."""
-        return LinearNF4.from_weight(self.weight, self.bias).take_after(self)
+        return {self.adapter_name: self, **super().named_adapters()}
 
     def extra_repr(self) -> str:
         """Describe the layer in ``print(model)``."""
-        return f"{LinearNF4.extra_repr(self)}, {LoRA.extra_repr(self)}"
-
-
-def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """Return the factor of an adapter's output."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def check_adapter_name(name: str) -> None:
-    """Raise TypeError or ValueError unless name can be that of an adapter."""
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name: expected a string, got {type(name).__name__}")
-    if not name or "." in name:
-        raise ValueError(f"adapter_name: expected a name without dots, got {name!r}")
-    if hasattr(nn.ModuleDict, name):
-        raise ValueError(
-            f"adapter_name: expected a name that torch.nn.ModuleDict can hold, got {name!r}"
-        )
-
-
-def check_lora_options(
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-) -> None:
-    """Raise TypeError or ValueError unless an adapter can be made with these options."""
-    for name, value in (("use_rslora", use_rslora), ("use_dora", use_dora)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r: expected an int, got {type(r).__name__}")
-    if r < 1:
-        raise ValueError(f"r: expected an int of at least 1, got {r}")
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float):
-        raise TypeError(f"lora_alpha: expected a number, got {type(lora_alpha).__name__}")
-    if not math.isfinite(lora_alpha) or lora_alpha <= 0:
-        raise ValueError(f"lora_alpha: expected a finite number above 0, got {lora_alpha}")
-    check_dropout(lora_dropout, "lora_dropout")
+        return f"{LinearNF4.extra_repr(self)}, {self.summary()}"

@@ -8,19 +8,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from nf4.adapted import AdaptedLayer
+from nf4.adapter import Base
 from nf4.convert import (
     check_callback,
     check_forward,
     check_model,
     check_no_peft,
-    quantized_layers,
     replace_layers,
 )
 from nf4.embedding import EmbeddingNF4
 from nf4.experts import ExpertsNF4
-from nf4.functional import dequantize, quantize
-from nf4.linear import LinearNF4, QLoRALinear
+from nf4.factors import OutputFactor
+from nf4.functional import dequantize, quantize, to_rows
+from nf4.linear import LinearNF4
 from nf4.quantized_module import QuantizedModule
+from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.tensor import NF4Tensor
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,10 +47,10 @@ class MergeError:
 
 def merge(
     model: Model,
-    requantize: bool = False,
+    requantize: bool | str = False,
     report: Callable[[MergeError], None] | None = None,
 ) -> Model:
-    """Fold adapters into the weights: dense again by default, or in four bits once more.
+    """Fold adapters into the weights: dense again by default, or in four bits.
 
     The sum is taken in fp32. Dense, it is rounded once to the layer's dtype: layers become
     ``torch.nn.Linear``, experts and embeddings what they were, and what shared its 4-bit weight
@@ -56,36 +59,40 @@ def merge(
     rounding: `report` tells.
 
     Args:
-        model: a module with `LinearNF4` or `QLoRALinear` layers; changed in place.
-        requantize: keep the weights in four bits.
-        report: called with the `MergeError` of each layer.
+        model: a module with `LinearNF4` layers or with adapters; changed in place.
+        requantize: True to keep 4-bit weights in four bits. "exact" to do so where nothing is
+            rounded to a code: layers without adapter stay, and factors of outputs, (IA)³'s, go into
+            the scales, which are fp32 then, 4.5 instead of 4.127 bits per weight at block size 64;
+            other layers with an adapter become dense.
+        report: called with the `MergeError` of each layer that is merged.
 
     Returns:
         The model; a new layer if the model itself is one.
 
     Raises:
-        TypeError: model is no module, or requantize no bool.
-        ValueError: the model has no quantized layer, or none with an adapter to requantize.
+        TypeError: model is no module, or requantize neither a bool nor "exact".
+        ValueError: the model has no quantized layer and no adapter, or none to keep in four bits.
     """
     check_model(model)
     check_no_peft(model)
     check_callback(report, "report")
-    if not isinstance(requantize, bool):
-        raise TypeError(f"requantize: expected a bool, got {type(requantize).__name__}")
-    layers = quantized_layers(model)
+    if not isinstance(requantize, bool) and requantize != "exact":
+        raise TypeError(f"requantize: expected a bool or 'exact', got {requantize!r}")
+    layers = _mergeable(model)
     embeddings = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, EmbeddingNF4)
     }
     if not layers and not embeddings:
-        raise ValueError(f"model: expected LinearNF4 layers, found none in {type(model).__name__}")
+        raise ValueError(
+            f"model: expected LinearNF4 layers or adapters, found none in {type(model).__name__}"
+        )
     if requantize:
-        _check_replaceable({n: m for n, m in layers.items() if isinstance(m, QLoRALinear)})
-        return _merge_requantized(model, layers, report)
+        return _merge_in_4_bits(model, layers, requantize == "exact", report)
     if report is not None:
         for name, layer in layers.items():
-            report(merge_error(name, layer.weight, *_exact_and_dense(layer)))
+            report(_dense_error(name, layer))
     experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
     inside = tuple(f"{name}." for name in experts)
     layers = {n: m for n, m in layers.items() if not (inside and n.startswith(inside))}
@@ -94,7 +101,7 @@ def merge(
 
     def dense_of(module: Any, make: Callable[..., nn.Module]) -> nn.Module:
         """Make a module dense, with the weight that those have that share its 4-bit one."""
-        if isinstance(module, QLoRALinear):
+        if isinstance(module, AdaptedLayer):
             return make()
         dense: Any = make(shared.get(id(module.packed)))
         shared[id(module.packed)] = dense.weight
@@ -107,13 +114,26 @@ def merge(
     return model
 
 
+def _mergeable(model: nn.Module) -> dict[str, Any]:
+    """Return the layers in four bits and those with adapters, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, LinearNF4 | AdaptedLayer)
+    }
+
+
 def _check_replaceable(layers: dict[str, Any]) -> None:
     """Raise ValueError unless every module can be replaced, and adapters merged, before any is."""
     for name, layer in layers.items():
         check_forward(name, layer)
         parts = layer.modules() if isinstance(layer, ExpertsNF4) else [layer]
-        for part in (p for p in parts if isinstance(p, QLoRALinear)):
-            if not part.packed.is_meta and not part.merged_weight().isfinite().all():
+        for part in (p for p in parts if isinstance(p, AdaptedLayer)):
+            if any(parameter.is_meta for parameter in part.parameters()):
+                continue
+            weight, bias = part.exact_merged()
+            found = [weight] if bias is None else [weight, bias]
+            if not all(tensor.to(part.dtype).isfinite().all() for tensor in found):
                 raise ValueError(
                     f"{name}: expected base plus adapter that {part.dtype} can hold, got NaN or an "
                     "infinity"
@@ -132,24 +152,65 @@ def _forget_quantization(model: Any) -> None:
         quantizer.remove_quantization_config(model)
 
 
-def _exact_and_dense(layer: LinearNF4) -> tuple[Tensor, Tensor]:
+def _dense_error(name: str, layer: Any) -> MergeError:
     exact = layer.exact_merged_weight()
-    return exact, exact.to(layer.dtype)
+    base = layer.base() if isinstance(layer, AdaptedLayer) else Base(layer.weight)
+    return merge_error(name, base.dense(), exact, exact.to(layer.dtype))
 
 
-def _merge_requantized(
-    model: Model, layers: dict[str, LinearNF4], report: Callable[[MergeError], None] | None
+def _merge_in_4_bits(
+    model: Model,
+    layers: dict[str, Any],
+    exact: bool,
+    report: Callable[[MergeError], None] | None,
 ) -> Model:
-    adapted = {n: m for n, m in layers.items() if isinstance(m, QLoRALinear)}
-    if not adapted:
-        raise ValueError("model: expected layers with adapters to merge, found none")
+    """Merge adapters on 4-bit weights into such weights; if wanted, only where that is exact."""
+    adapted = {n: m for n, m in layers.items() if isinstance(m, AdaptedLayer)}
+    if not any(isinstance(m, LinearNF4) for m in adapted.values()):
+        raise ValueError("model: expected 4-bit layers with adapters to merge, found none")
+    _check_replaceable(adapted)
     names = {id(layer): name for name, layer in adapted.items()}
 
-    def convert(layer: QLoRALinear) -> LinearNF4:
-        q = requantized(names[id(layer)], layer.exact_merged_weight(), layer.weight, report)
-        return LinearNF4.from_weight(q, layer.bias).take_after(layer)
+    def convert(layer: Any) -> nn.Module:
+        name, dense = names[id(layer)], not isinstance(layer, LinearNF4)
+        q = None if dense else scaled_weight(layer)
+        if dense or (exact and q is None):
+            if report is not None:
+                report(_dense_error(name, layer))
+            merged: nn.Module = layer.to_dense()
+            return merged
+        weight, bias = layer.exact_merged()
+        if q is None:
+            q = requantized(name, weight, layer.weight, report)
+        elif report is not None:
+            base = layer.base().dense()
+            report(merge_error(name, base, weight, dequantize(q, torch.float32)))
+        return LinearNF4.from_weight(q, bias).take_after(layer)
 
     return replace_layers(model, adapted, convert)
+
+
+def scaled_weight(layer: Any) -> NF4Tensor | None:
+    """Return a layer's 4-bit weight with factors of its outputs in its scales.
+
+    Args:
+        layer: a `LinearNF4` with adapters.
+
+    Returns:
+        With scales in fp32; no code changes. None where an active adapter does more than to scale
+        outputs, or blocks straddle rows.
+    """
+    factors = [layer.named_adapters()[name].merged_term() for name in layer.active_adapters]
+    q = to_rows(layer.weight)
+    if not all(isinstance(f, OutputFactor) for f in factors) or q.shape[1] % q.block_size:
+        return None
+    absmax = q.absmax
+    if q.absmax2 is not None and q.offset is not None:
+        absmax = dequantize_absmax(absmax, q.absmax2, q.offset)
+    scales = absmax.detach().view(q.shape[0], -1)
+    for factor in factors:
+        scales = scales * factor.factor.detach().float()[:, None]
+    return replace(q, absmax=scales.reshape(-1), absmax2=None, offset=None)
 
 
 def requantized(
@@ -165,20 +226,21 @@ def requantized(
     """
     q = replace(quantize(exact, base.block_size, base.double_quant), dtype=base.dtype)
     if report is not None:
-        report(merge_error(name, base, exact, dequantize(q, torch.float32)))
+        dense = dequantize(base, torch.float32)
+        report(merge_error(name, dense, exact, dequantize(q, torch.float32)))
     return q
 
 
-def merge_error(name: str, base: NF4Tensor, exact: Tensor, found: Tensor) -> MergeError:
+def merge_error(name: str, base: Tensor, exact: Tensor, found: Tensor) -> MergeError:
     """Return how far a merged weight is from what it should be.
 
     Args:
         name: of the layer.
-        base: its weight without adapters.
+        base: float32, its weight without adapters.
         exact: float32, base plus adapters.
         found: floating, what it became.
     """
     difference = (found.float() - exact).norm()
-    update = (exact - dequantize(base, torch.float32)).norm()
+    update = (exact - base).norm()
     relative = (difference / exact.norm().clamp_min(1e-38)).item()
     return MergeError(name, relative, (difference / update).item() if update > 0 else math.nan)

@@ -261,9 +261,15 @@ BAD_FILES = {
     "config_list": (
         lambda f: (f / "adapter_config.json").write_text("[]"),
         ValueError,
-        "expected peft_type 'LORA', got 'list'",
+        "expected peft_type 'IA3' or 'LORA' or 'NF4_ADAMIX', got 'list'",
     ),
-    "ia3": (lambda f: edit_config(f, peft_type="IA3"), ValueError, "'LORA', got 'IA3'"),
+    "ia3": (
+        lambda f: edit_config(f, peft_type="IA3"),
+        ValueError,
+        "expected a plain IA3 adapter, got r=4",
+    ),
+    "kind": (lambda f: edit_config(f, peft_type="OFT"), ValueError, "peft_type .*, got 'OFT'"),
+    "kind_list": (lambda f: edit_config(f, peft_type=[]), ValueError, r"peft_type .*, got \[\]"),
     "dora": (
         lambda f: edit_config(f, use_dora=True),
         ValueError,
@@ -302,7 +308,12 @@ BAD_FILES = {
     "other_model": (
         lambda f: edit_tensors(f, lambda t: t.update({UP_A.replace("up", "q"): t.pop(UP_A)})),
         ValueError,
-        "expected lora_A and lora_B, got only one",
+        "got one of 'q', which it does not have",
+    ),
+    "half": (
+        lambda f: edit_tensors(f, lambda t: t.pop(UP_A)),
+        ValueError,
+        "up: expected lora_A and lora_B, got no lora_A.weight",
     ),
     "unknown_layer": (
         lambda f: edit_tensors(
@@ -316,7 +327,7 @@ BAD_FILES = {
             f, lambda t: [t.update({k.replace(".up.", ".lm_head."): t.pop(k)}) for k in list(t)]
         ),
         ValueError,
-        "'lm_head', which it does not have",
+        r"lm_head: expected lora_A and lora_B of shapes \(r, 96\) and \(50, r\)",
     ),
     "shape": (
         lambda f: edit_tensors(f, lambda t: t.update({UP_A: torch.zeros(4, 95)})),
@@ -331,7 +342,7 @@ BAD_FILES = {
     "extra_tensor": (
         lambda f: edit_tensors(f, lambda t: t.update({"wte.weight": torch.zeros(4, 96)})),
         ValueError,
-        "expected matrices called .*, got 'wte.weight'",
+        "expected floating tensors called .*, got 'wte.weight'",
     ),
     "rank": (
         lambda f: edit_config(f, r=8),
@@ -405,7 +416,7 @@ def test_save_refuses_an_existing_folder(block, saved) -> None:
 
 def test_save_refuses_what_peft_cannot_describe(block, tmp_path) -> None:
     model = nf4.quantize_model(block)
-    with pytest.raises(ValueError, match="expected QLoRALinear layers"):
+    with pytest.raises(ValueError, match="expected layers with adapters"):
         nf4.save_adapter(model, tmp_path / "a")
     nf4.add_lora(model, r=4, target_modules=["up"], lora_dropout=0.1)
     nf4.add_lora(model, r=4, target_modules=["down"])

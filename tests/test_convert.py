@@ -304,15 +304,15 @@ BAD = {
         ValueError,
         r"target_modules: .*\['q_proj'\] matches none; the model has 0",
     ),
-    "lora_not_quantized": (
-        lambda: nf4.add_lora(nn.Linear(8, 8)),
+    "lora_no_linear": (
+        lambda: nf4.add_lora(nn.Sequential(nn.ReLU())),
         ValueError,
-        "no LinearNF4 .run nf4.quantize_model first",
+        "expected names of linear layers, .* the model has no linear layer",
     ),
-    "lora_dense_target": (
-        lambda: nf4.add_lora(quantized(), target_modules=["1"]),
+    "lora_other_target": (
+        lambda: nf4.add_lora(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), target_modules=["1"]),
         TypeError,
-        "1: expected a LinearNF4 .*, got Linear",
+        "1: expected a LinearNF4, torch.nn.Linear or Conv1D, got ReLU",
     ),
     "lora_twice": (
         lambda: nf4.add_lora(nf4.add_lora(quantized(), r=3)),

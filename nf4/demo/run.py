@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from nf4 import samples
-from nf4.adapters import add_lora
 from nf4.checkpoint import load_adapter, save_adapter
 from nf4.convert import quantize_model, quantized_layers
 from nf4.demo import plots
 from nf4.demo.train import batches, race, train
 from nf4.error import LayerError, model_error, perplexity
 from nf4.files import check_new, new_folder
+from nf4.kinds.lora import add_lora
 from nf4.merging import merge
 from nf4.progress import Progress, steps
 

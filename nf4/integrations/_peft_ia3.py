@@ -10,7 +10,8 @@ from peft import IA3Config
 from peft.tuners.ia3.layer import IA3Layer
 from torch import Tensor, nn
 
-from nf4.functional import dequantize
+from nf4.adapter import Base, Term, compute, fold
+from nf4.factors import InputFactor, OutputFactor
 from nf4.integrations._peft_merged import MergedBesideBase
 
 
@@ -62,23 +63,24 @@ class NF4IA3Linear(MergedBesideBase, nn.Module, IA3Layer):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the scaled output, ``[..., out_features]`` in the dtype of x."""
-        y: Tensor
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self._merged is not None:
             return self._multiply(x, self._merged, self._merged_bias())
-        factor = None if self.disable_adapters else self._factor(self.active_adapters)
+        names = () if self.disable_adapters else self.active_adapters
+        return compute(x, Base(self.base.weight, self.base.bias), self._terms(names))
+
+    def _terms(self, names: Iterable[str]) -> list[Term]:
+        """Return what adapters compute: one factor, the product of theirs."""
+        factor = self._factor(names)
         if factor is None:
-            y = self.base(x)
-        elif self.is_feedforward:
-            y = self.base((x * factor).to(x.dtype))
-        else:
-            y = (self.base(x) * factor).to(x.dtype)
-        return y
+            return []
+        return [InputFactor(factor) if self.is_feedforward else OutputFactor(factor)]
 
     def _merged_bias(self) -> Tensor | None:
-        bias, factor = self.base.bias, self._factor(self.merged_adapters)
-        if bias is None or factor is None or self.is_feedforward:
+        bias: Tensor | None = self.base.bias
+        factor = None if self.is_feedforward else self._factor(self.merged_adapters)
+        if bias is None or factor is None:
             return bias
         return (bias * factor).to(bias.dtype)
 
@@ -93,11 +95,8 @@ class NF4IA3Linear(MergedBesideBase, nn.Module, IA3Layer):  # type: ignore[misc]
         names = [name for name in names if name in self.ia3_l]
         if not names:
             return
-        factor = self._factor([*self.merged_adapters, *names])
-        assert factor is not None
-        w = dequantize(self.base.weight, torch.float32)
-        w = w * (factor.detach() if self.is_feedforward else factor.detach()[:, None])
-        self._hold_merged(w, names, safe_merge)
+        terms = self._terms([*self.merged_adapters, *names])
+        self._hold_merged(fold(Base(self.base.weight), terms)[0], names, safe_merge)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

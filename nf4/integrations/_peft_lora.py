@@ -9,10 +9,10 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from nf4.functional import dequantize
+from nf4.adapter import Base, compute, compute_mixed, fold
 from nf4.initialize import initialize
 from nf4.integrations._peft_merged import MergedBesideBase
-from nf4.lora import LowRank, adapted_linear, fold, mixed_linear, weight_norm
+from nf4.lora import LowRank, weight_norm
 from nf4.merging import MergeError, merge_error
 
 # Options of LoraConfig that ask for another computation than LoRA's or DoRA's
@@ -147,16 +147,16 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
                 self.unmerge()
             base: Tensor = self.base(x)
             return base
-        bias = self.base.bias
+        base_product = Base(self.base.weight, self.base.bias)
         if adapter_names is not None:
             # "__base__", or an adapter of other layers, is none here
             found = {name: self._adapter(name) for name in set(adapter_names) & set(self.lora_A)}
             mixed = [found.get(name) for name in adapter_names]
-            return mixed_linear(x, self.base.weight, bias, mixed)
+            return compute_mixed(x, base_product, mixed)
         if self._merged is not None:
-            return self._multiply(x, self._merged, bias)
+            return self._multiply(x, self._merged, self.base.bias)
         active = [self._adapter(name) for name in self.active_adapters if name in self.lora_A]
-        return adapted_linear(x, self.base.weight, bias, active)
+        return compute(x, base_product, active)
 
     def _adapter(self, name: str) -> LowRank:
         dropout = self.lora_dropout[name]
@@ -171,9 +171,8 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
 
     def exact_merged_weight(self) -> Tensor:
         """Return the dense weight with the active adapters, before it is rounded: float32."""
-        q = self.base.weight
         active = [self._adapter(name) for name in self.active_adapters if name in self.lora_A]
-        return fold(dequantize(q, torch.float32), q, active)
+        return fold(Base(self.base.weight), active)[0]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s * B @ A, float32 ``[out_features, in_features]``."""
@@ -194,11 +193,11 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         names = [name for name in names if name in self.lora_A]
         if not names:
             return
-        q = self.base.weight
         adapters = [self._adapter(name) for name in (*self.merged_adapters, *names)]
-        exact = fold(dequantize(q, torch.float32), q, adapters)
+        product = Base(self.base.weight)
+        exact, _ = fold(product, adapters)
         merged = self._hold_merged(exact, names, safe_merge)
-        self.merge_error = merge_error("", q, exact, merged)
+        self.merge_error = merge_error("", product.dense(), exact, merged)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -23,10 +23,11 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from nf4.adapted import AdaptedLayer
 from nf4.initialize import check_rank, dense_source
 from nf4.integrations._peft_ia3 import NF4IA3Linear
 from nf4.integrations._peft_lora import NF4LoraLinear
-from nf4.linear import LinearNF4, QLoRALinear
+from nf4.linear import LinearNF4
 from nf4.merging import MergeError, requantized
 from nf4.quantized_module import QuantizedModule
 
@@ -120,10 +121,10 @@ def merge_and_requantize(
 def _on_nf4(target: nn.Module) -> bool:
     if isinstance(target, peft_utils.BaseTunerLayer):
         target = target.get_base_layer()
-    if isinstance(target, QLoRALinear):
+    if isinstance(target, AdaptedLayer):
         raise ValueError(
-            "expected a LinearNF4 without adapter, got a QLoRALinear: add adapters with "
-            "nf4.add_lora or with PEFT, not with both"
+            f"expected a LinearNF4 without adapter, got a {type(target).__name__}: add adapters "
+            "with nf4.add_lora or with PEFT, not with both"
         )
     return isinstance(target, LinearNF4)
 
