@@ -23,6 +23,7 @@ from nf4.functional import (
     to_fragments,
     to_rows,
 )
+from nf4.kinds.ia3 import add_ia3
 from nf4.kinds.lora import add_lora
 from nf4.linear import LinearNF4, QLoRALinear
 from nf4.merging import merge
@@ -36,6 +37,7 @@ __all__ = [
     "LinearNF4",
     "NF4Tensor",
     "QLoRALinear",
+    "add_ia3",
     "add_lora",
     "collect_activation_stats",
     "dequantize",
