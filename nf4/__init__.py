@@ -6,6 +6,7 @@ what four bits cost. Importing this package needs neither a GPU nor Triton.
 
 from typing import Any
 
+from nf4 import losses
 from nf4.activations import collect_activation_stats
 from nf4.adapters import disable_adapter, mixed_batch, set_adapter
 from nf4.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
@@ -23,6 +24,7 @@ from nf4.functional import (
     to_fragments,
     to_rows,
 )
+from nf4.kinds.adamix import add_adamix, merge_adamix
 from nf4.kinds.ia3 import add_ia3
 from nf4.kinds.lora import add_lora
 from nf4.linear import LinearNF4, QLoRALinear
@@ -37,6 +39,7 @@ __all__ = [
     "LinearNF4",
     "NF4Tensor",
     "QLoRALinear",
+    "add_adamix",
     "add_ia3",
     "add_lora",
     "collect_activation_stats",
@@ -49,7 +52,9 @@ __all__ = [
     "linear",
     "load_adapter",
     "lora_linear",
+    "losses",
     "merge",
+    "merge_adamix",
     "mixed_batch",
     "model_error",
     "quantization_error",
