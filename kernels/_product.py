@@ -1,4 +1,4 @@
-"""What both products share: programs that split K, the low-rank term, bias, the launch."""
+"""What both products share: programs that split K, the low-rank term, bias, factor, the launch."""
 
 from functools import lru_cache
 from typing import Any
@@ -54,6 +54,7 @@ def finish(
     t_ptr,  # dtype of y [M, rank]
     lora_B_ptr,  # float [N, rank], rounded to the dtype of y
     bias_ptr,  # float [N]
+    factor_ptr,  # float [N]
     y_ptr,  # [M, N]
     first_m,
     first_n,
@@ -63,8 +64,9 @@ def finish(
     scaling,
     RANK: tl.constexpr,  # 0, or rank rounded up to a power of two from 16
     HAS_BIAS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
 ):
-    """Add scaling * t @ lora_B.T and bias to a tile and store it, rounded once."""
+    """Add scaling * t @ lora_B.T and bias to a tile, scale it and store it, rounded once."""
     offs_m = first_m + tl.arange(0, acc.shape[1])
     offs_n = first_n + tl.arange(0, acc.shape[0])
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -90,6 +92,8 @@ def finish(
         acc *= scaling
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    if HAS_FACTOR:
+        acc *= tl.load(factor_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     y_ptrs = y_ptr + rows_m[None, :] * N + rows_n[:, None]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[None, :] & mask_n[:, None])
 
@@ -123,6 +127,7 @@ def launch_product(
     t: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
+    factor: Tensor | None = None,
     **constants: Any,
 ) -> None:
     """Launch a kernel of kernels/matmul.py or matmul_small.py, which fills y ``[M, N]``."""
@@ -140,6 +145,7 @@ def launch_product(
         x if t is None else t,
         x if lora_B is None else lora_B,
         x if bias is None else bias,
+        x if factor is None else factor,
         y,
         parts,
         arrived,
@@ -151,6 +157,7 @@ def launch_product(
         SPLIT_K=config.split_k,
         RANK=padded_rank(rank),
         HAS_BIAS=bias is not None,
+        HAS_FACTOR=factor is not None,
         SHUFFLE=_lanes.has_shuffle(x),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -171,6 +178,7 @@ SIGNATURE = {
     "t_ptr": "*bf16",
     "lora_B_ptr": "*fp32",
     "bias_ptr": "*bf16",
+    "factor_ptr": "*fp32",
     "y_ptr": "*bf16",
     "parts_ptr": "*fp32",
     "arrived_ptr": "*i32",

@@ -1,4 +1,4 @@
-"""Multiply by a weight in fragments, one launch: y = x @ W.T + scaling * t @ lora_B.T + bias.
+"""Multiply by a weight in fragments, one launch: y = f * (x @ W.T + scaling * t @ lora_B.T + bias).
 
 The transposed product W @ x.T is taken, so that tensor cores read W from the registers it is
 decoded in; x goes through shared memory. W is rounded to the dtype of x as level times scale, once;
@@ -42,6 +42,7 @@ def _matmul_kernel(
     t_ptr,  # dtype of x [M, rank]
     lora_B_ptr,  # dtype of x [N, rank]
     bias_ptr,  # float [N]
+    factor_ptr,  # float [N]
     y_ptr,  # dtype of x [M, N]
     parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_N * BLOCK_M]
     arrived_ptr,  # int32 [tiles], zeros before and after
@@ -56,6 +57,7 @@ def _matmul_kernel(
     SPLIT_K: tl.constexpr,
     RANK: tl.constexpr,  # 0, or rank rounded up to a power of two from 16
     HAS_BIAS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
     pid, pid_k = tl.program_id(0), tl.program_id(1)
@@ -99,6 +101,7 @@ def _matmul_kernel(
             t_ptr,
             lora_B_ptr,
             bias_ptr,
+            factor_ptr,
             y_ptr,
             pid_m * BLOCK_M,
             pid_n * BLOCK_N,
@@ -108,6 +111,7 @@ def _matmul_kernel(
             scaling,
             RANK,
             HAS_BIAS,
+            HAS_FACTOR,
         )
 
 
@@ -123,10 +127,11 @@ def matmul(
     scaling: float,
     out_features: int,
     block_size: int,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Multiply by a weight in fragments; arguments as in nf4/reference/matmul.py."""
     config = matmul_config(x.shape[0], out_features, x.shape[1], x.device)
-    terms = (packed, absmax, absmax2, offset, bias, t, lora_B, scaling)
+    terms = (packed, absmax, absmax2, offset, bias, t, lora_B, scaling, factor)
     return launch(config, x, out_features, block_size, *terms)
 
 
@@ -161,6 +166,7 @@ def variants() -> list[Variant]:
             "SPLIT_K": 1 if config.block_n == 128 else 4,
             "RANK": rank,
             "HAS_BIAS": rank > 0,
+            "HAS_FACTOR": rank == 256,
         }
         return Variant(
             f"matmul, {config.block_m}×{config.block_n}, rank {rank}{name}",

@@ -1,4 +1,4 @@
-"""Multiply up to 16 rows by a weight in fragments: y = x @ W.T + scaling * t @ lora_B.T + bias.
+"""Multiply up to 16 rows by fragments of W: y = f * (x @ W.T + scaling * t @ lora_B.T + bias).
 
 The product is bound by the bytes of W: decoding has 3.5 instructions a weight. Levels are rounded
 to the dtype of x and multiplied as they are; the sum of each block is then scaled in fp32, and y is
@@ -39,6 +39,7 @@ def _matmul_small_kernel(
     t_ptr,  # dtype of x [M, rank]
     lora_B_ptr,  # dtype of x [N, rank]
     bias_ptr,  # float [N]
+    factor_ptr,  # float [N]
     y_ptr,  # dtype of x [M, N]
     parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_N * 16]
     arrived_ptr,  # int32 [tiles], zeros before and after
@@ -53,6 +54,7 @@ def _matmul_small_kernel(
     SPLIT_K: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
     pid_n, pid_k = tl.program_id(0), tl.program_id(1)
@@ -96,6 +98,7 @@ def _matmul_small_kernel(
             t_ptr,
             lora_B_ptr,
             bias_ptr,
+            factor_ptr,
             y_ptr,
             0,
             pid_n * BLOCK_N,
@@ -105,6 +108,7 @@ def _matmul_small_kernel(
             scaling,
             RANK,
             HAS_BIAS,
+            HAS_FACTOR,
         )
 
 
@@ -120,10 +124,11 @@ def matmul_small(
     scaling: float,
     out_features: int,
     block_size: int,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Multiply few rows; arguments as in nf4/reference/matmul.py, block_size at least 64."""
     config = matmul_small_config(out_features, x.shape[1], x.device)
-    terms = (packed, absmax, absmax2, offset, bias, t, lora_B, scaling)
+    terms = (packed, absmax, absmax2, offset, bias, t, lora_B, scaling, factor)
     return launch(config, x, out_features, block_size, *terms)
 
 
@@ -156,6 +161,7 @@ def variants() -> list[Variant]:
             "SPLIT_K": split_k,
             "RANK": rank,
             "HAS_BIAS": rank > 0,
+            "HAS_FACTOR": unroll == 1,
         }
         return Variant(
             f"matmul_small, {config.block_n}, unrolled {unroll}, split {split_k}, rank {rank}",

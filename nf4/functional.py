@@ -231,23 +231,37 @@ def _repack(q: NF4Tensor, layout: str) -> NF4Tensor:
     return replace(q, packed=packed, absmax=absmax, layout=layout)
 
 
-def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ W.T + bias for a quantized W, with gradients for x and bias.
+def linear(
+    x: Tensor,
+    q: NF4Tensor,
+    bias: Tensor | None = None,
+    *,
+    input_factor: Tensor | None = None,
+    output_factor: Tensor | None = None,
+) -> Tensor:
+    """Return x @ W.T + bias for a quantized W, with gradients for x, bias and factors.
 
     Args:
         x: float32, float16, bfloat16 or float64 ``[..., K]``. Autocast applies as to
             ``torch.nn.functional.linear``.
         q: quantized W ``[N, K]``.
         bias: floating ``[N]`` or None.
+        input_factor: floating ``[K]``, of each input, whose product is rounded to the dtype of x.
+        output_factor: floating ``[N]``, of each output, bias included.
 
     Returns:
-        dtype of x ``[..., N]``; sums in fp32, one rounding.
+        dtype of x ``[..., N]``; sums in fp32, one rounding, and another one where the gradient of
+        output_factor is wanted or a library multiplies.
 
     Raises:
         TypeError: an argument is no tensor of the kind named here.
         ValueError: shapes or devices do not fit together.
+
+    Source of the factors: (IA)³ (https://arxiv.org/abs/2205.05638, section 3.3).
     """
     _check_linear(x, q, bias)
+    if input_factor is not None or output_factor is not None:
+        return _scaled_linear(x, q, bias, input_factor, output_factor)
     _check_no_tangent(x, bias)
     x = _autocast(x)
     form = (*q.parts(), bias, q.shape[0], q.block_size, q.layout)
@@ -257,6 +271,32 @@ def linear(x: Tensor, q: NF4Tensor, bias: Tensor | None = None) -> Tensor:
     # A view made inside would not let itself be written to in place
     y = call("linear", x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), *form)
     return y.view(*x.shape[:-1], q.shape[0])
+
+
+def _scaled_linear(
+    x: Tensor,
+    q: NF4Tensor,
+    bias: Tensor | None,
+    input_factor: Tensor | None,
+    output_factor: Tensor | None,
+) -> Tensor:
+    n, k = q.shape
+    for name, factor, size in (
+        ("input_factor", input_factor, k),
+        ("output_factor", output_factor, n),
+    ):
+        if factor is not None:
+            _check_floating(factor, name, q)
+            if factor.shape != (size,):
+                raise ValueError(f"{name}: expected shape ({size},), got {tuple(factor.shape)}")
+    _check_no_tangent(x, bias, input_factor, output_factor)
+    x = _autocast(x)
+    needs = output_factor is not None and output_factor.requires_grad and torch.is_grad_enabled()
+    rows = x.reshape(math.prod(x.shape[:-1]), k)
+    form = (needs, n, q.block_size, q.layout)
+    y, _ = call("scaled_linear", rows, *q.parts(), bias, input_factor, output_factor, *form)
+    out: Tensor = y.view(*x.shape[:-1], n)
+    return out
 
 
 def lora_linear(

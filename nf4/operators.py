@@ -334,6 +334,80 @@ def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, None, dbias, None, None, None
 
 
+# --- scaled_linear
+
+
+def _scaled_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    input_factor: Tensor | None,
+    output_factor: Tensor | None,
+    need_y: bool,
+    *form: Any,
+) -> tuple[Tensor, Tensor]:
+    if input_factor is not None:
+        x = _times(x, input_factor)
+    terms = (x, packed, absmax, absmax2, offset, bias, *form)
+    if not need_y:
+        return _linear(*terms, output_factor), x.new_empty(0)
+    y = _linear(*terms)  # which output_factor's gradient needs
+    return (y if output_factor is None else _times(y, output_factor)), y
+
+
+def _scaled_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    need_y, out_features = args[7], args[8]
+    y = x.new_empty(x.shape[0], out_features)
+    return y, torch.empty_like(y) if need_y else x.new_empty(0)
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """Return x * factor, rounded once to the dtype of x."""
+    return (x * factor).to(x.dtype)
+
+
+def _factor_grad(dy: Tensor, y: Tensor, like: torch.dtype) -> Tensor:
+    """Return the gradient of what y ``[M, N]`` was multiplied by."""
+    acc = accumulator(dy.dtype)
+    return (dy.to(acc) * y).sum(dim=0).to(like)
+
+
+def _scaled_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, packed, absmax, absmax2, offset, bias, input_factor, output_factor, _, *form = inputs
+    _, y = output
+    ctx.mark_non_differentiable(y)
+    need = ctx.needs_input_grad
+    x_kept, y_kept = (x if need[6] else None), (y if need[7] else None)
+    weight = (packed, absmax, absmax2, offset)
+    ctx.save_for_backward(x_kept, y_kept, input_factor, output_factor, *weight)
+    ctx.in_features, ctx.form = x.shape[-1], form
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _scaled_linear_autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    x, y, input_factor, output_factor, *weight = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    dx = dbias = d_input = d_output = None
+    if need[7]:
+        d_output = _factor_grad(dy, y, output_factor.dtype)
+    if output_factor is not None:
+        dy = _times(dy, output_factor)
+    if need[5]:
+        dbias = dy.sum(dim=0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
+    if need[0] or need[6]:
+        _, block_size, layout = ctx.form
+        dx = call("linear_backward", dy, *weight, ctx.in_features, block_size, layout)
+    if need[6]:
+        d_input = _factor_grad(dx, x, input_factor.dtype)
+    if input_factor is not None and need[0]:
+        dx = _times(dx, input_factor)
+    dx = dx if need[0] else None
+    return dx, None, None, None, None, dbias, d_input, d_output, None, None, None, None
+
+
 # --- lora_linear
 
 
@@ -472,6 +546,15 @@ define(
     _linear_fake,
     _linear_autograd,
     _linear_setup_context,
+)
+define(
+    "scaled_linear",
+    f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? input_factor, Tensor? output_factor, bool need_y,"
+    f" SymInt out_features, int block_size, {LAYOUT}) -> (Tensor, Tensor)",
+    _scaled_linear,
+    _scaled_linear_fake,
+    _scaled_linear_autograd,
+    _scaled_linear_setup_context,
 )
 define(
     "lora_linear_backward",

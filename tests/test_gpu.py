@@ -278,3 +278,24 @@ def test_gpu_explain_says_what_runs(gpu) -> None:
     assert told.kernel == "matmul_small" and 0 < told.modelled_seconds < 1e-4
     assert str(told).startswith("matmul_small: 5 rows are at most 16; modelled: ")
     assert nf4.explain((5, 128), f, torch.float32).reason == "x is torch.float32, not 16 bits wide"
+
+
+@pytest.mark.parametrize("kernel", ["matmul_small", "matmul", "dequantize"])
+def test_gpu_scales_outputs_in_the_product_s_own_launch(kernel, gpu, monkeypatch) -> None:
+    """In evaluation; in training the product is kept unscaled, for the factor's gradient."""
+    choose(monkeypatch, kernel)
+    rows = 7 if kernel == "matmul_small" else 40
+    q = nf4.to_fragments(nf4.quantize(torch.randn(96, 128)))
+    x, bias, factor = torch.randn(rows, 128).bfloat16(), torch.randn(96), torch.randn(2, 96).T[:, 0]
+    gpu.launches.clear()
+    y = nf4.linear(x, q, bias, output_factor=factor)
+    assert len(gpu.launches) == 1
+    exact = (x.double() @ nf4.dequantize(q, torch.float64).T + bias) * factor
+    w = nf4.dequantize(q, torch.bfloat16)
+    unfused = (torch.nn.functional.linear(x, w, bias.bfloat16()) * factor).bfloat16()
+    assert error(y, exact) <= 1.1 * error(unfused, exact)
+    trained = factor.clone().requires_grad_()
+    z = nf4.linear(x, q, bias, output_factor=trained)
+    assert error(z, exact) <= 1.1 * error(unfused, exact)
+    z.sum().backward()
+    assert error(trained.grad, (exact / factor).sum(dim=0)) < 0.02

@@ -193,3 +193,66 @@ def test_linear_under_another_default_device_and_of_lazily_negated_rows() -> Non
             nf4.quantize(torch.ones(64, device="cpu")).packed,
         )
     assert torch.equal(nf4.linear(torch._neg_view(x), q), -expected)
+
+
+FACTORS = {"input": (True, False), "output": (False, True), "both": (True, True)}
+
+
+def factors(n: int, k: int, which: tuple[bool, bool]) -> dict[str, torch.Tensor]:
+    made = {"input_factor": torch.randn(k), "output_factor": torch.randn(n)}
+    return {name: f for (name, f), wanted in zip(made.items(), which, strict=True) if wanted}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", FACTORS.values(), ids=FACTORS.keys())
+@pytest.mark.parametrize("rows", [1, 40])
+def test_linear_with_factors_is_what_autograd_makes_of_it(rows, which, dtype) -> None:
+    n, k = 48, 128
+    q = nf4.quantize(torch.randn(n, k).to(torch.float32 if dtype == torch.float64 else dtype))
+    wide = torch.float64
+    x, bias = torch.randn(2, rows, k, dtype=dtype), torch.randn(n, dtype=dtype)
+    given = {"x": x, "bias": bias, **factors(n, k, which)}
+    found = {name: t.clone().requires_grad_() for name, t in given.items()}
+    exact = {name: t.to(wide).requires_grad_() for name, t in given.items()}
+    y = nf4.linear(found["x"], q, **{name: t for name, t in found.items() if name != "x"})
+    scaled = exact["x"] * exact.get("input_factor", torch.ones(k))
+    expected = scaled @ nf4.dequantize(q, dtype).to(wide).T + exact["bias"]
+    expected = expected * exact.get("output_factor", torch.ones(n))
+    # bf16 rounds x, the product, the factored product and each gradient: a few halves of 2**-8
+    bound = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}[dtype]
+    assert y.dtype == dtype and relative_error(y, expected) < bound
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy.to(wide))
+    for name, tensor in found.items():
+        assert tensor.grad.dtype == tensor.dtype
+        found_error = relative_error(tensor.grad, exact[name].grad)
+        assert found_error < max(bound, torch.finfo(tensor.dtype).eps), name
+
+
+@pytest.mark.parametrize("which", FACTORS.values(), ids=FACTORS.keys())
+def test_linear_with_factors_in_evaluation_and_compiled(which, backend) -> None:
+    q, given = nf4.quantize(torch.randn(48, 128)), factors(48, 128, which)
+    x = torch.randn(5, 128, requires_grad=True)
+    y = nf4.linear(x, q, **given)
+    with torch.no_grad():
+        assert relative_error(nf4.linear(x, q, **given), y.double()) < 1e-6
+    given = {name: f.requires_grad_() for name, f in given.items()}
+    compiled = torch.compile(nf4.linear, fullgraph=True, backend=backend)
+    z = compiled(x, q, **given)
+    assert relative_error(z, y.double()) < 1e-6
+    expected = torch.autograd.grad(nf4.linear(x, q, **given).square().sum(), given.values())
+    for grad, wanted in zip(
+        torch.autograd.grad(z.square().sum(), given.values()), expected, strict=True
+    ):
+        assert relative_error(grad, wanted.double()) < 1e-5
+
+
+def test_linear_refuses_factors_that_do_not_fit() -> None:
+    q, x = nf4.quantize(torch.randn(48, 128)), torch.randn(5, 128)
+    with pytest.raises(ValueError, match=r"input_factor: expected shape \(128,\), got \(48,\)"):
+        nf4.linear(x, q, input_factor=torch.ones(48))
+    with pytest.raises(ValueError, match=r"output_factor: expected shape \(48,\), got \(128,\)"):
+        nf4.linear(x, q, output_factor=torch.ones(128))
+    with pytest.raises(TypeError, match="output_factor: expected"):
+        nf4.linear(x, q, output_factor=2.0)

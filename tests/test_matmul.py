@@ -8,11 +8,12 @@ import nf4.cost
 from nf4.reference import matmul as reference
 
 DTYPES = (torch.bfloat16, torch.float16)
-# m, n, k, block size, double quantization, dtype, rank, bias
+# m, n, k, block size, double quantization, dtype, rank, bias, scaling, factor
 CASES = {
     "one_tile": (64, 64, 128, 64, True, torch.bfloat16, 0, False),
     "adapter_and_bias": (70, 80, 192, 64, True, torch.bfloat16, 16, True),
     "rank_1_fp16": (33, 48, 128, 64, False, torch.float16, 1, True),
+    "factor": (33, 80, 128, 64, True, torch.bfloat16, 16, True, 0.5, True),
     "rank_100": (20, 64, 128, 64, True, torch.bfloat16, 100, False),
     "block_32": (17, 144, 128, 32, True, torch.bfloat16, 0, True),
     "long_blocks": (40, 16, 1024, 1024, True, torch.float16, 5, False),
@@ -121,6 +122,8 @@ MISTAKES = {
         "steps * (pid_k + 1) // SPLIT_K - 1",
     ),
     "adapter_not_scaled": ("_product", "acc *= scaling\n", "acc *= 1.0\n"),
+    "factor_of_the_first_row": ("_product", "factor_ptr + offs_n", "factor_ptr + offs_n * 0"),
+    "factor_before_bias": ("_product", "if HAS_BIAS:", "if HAS_BIAS and not HAS_FACTOR:"),
     "rank_not_masked": ("_product", "mask_r = offs_r < rank", "mask_r = offs_r < RANK"),
     "pairs_in_the_wrong_place": (
         "_fragments",
@@ -140,7 +143,12 @@ def test_matmul_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_path, mon
 
     wrong = mutant("matmul", *mistake, tmp_path)
     use(monkeypatch, wrong, block_m=64, block_n=64)
-    cases = [CASES["adapter_and_bias"], CASES["rank_100"], (40, 16, 40960 // 2, 32, True)]
+    cases = [
+        CASES["adapter_and_bias"],
+        CASES["rank_100"],
+        CASES["factor"],
+        (40, 16, 40960 // 2, 32, True),
+    ]
     assert is_noticed(check, ((wrong, make_product(*case)) for case in cases))
 
 

@@ -7,12 +7,13 @@ from helpers import error, make_product, on_gpus
 from nf4.kernels._configs import MATMUL_SMALL, MatmulConfig
 from nf4.reference import matmul_small as reference
 
-# m, n, k, block size, double quantization, dtype, rank, bias
+# m, n, k, block size, double quantization, dtype, rank, bias, scaling, factor
 CASES = {
     "one_row": (1, 144, 192, 64, False, torch.bfloat16, 0, False),
     "adapter_and_bias": (7, 128, 512, 64, True, torch.bfloat16, 16, True),
     "sixteen_rows_fp16": (16, 80, 1024, 64, True, torch.float16, 3, True),
     "long_blocks": (2, 64, 1024, 1024, True, torch.bfloat16, 0, True),
+    "factor": (7, 80, 512, 64, True, torch.float16, 0, True, 1.0, True),
     "rank_100": (3, 32, 128, 128, True, torch.float16, 100, False),
 }
 

@@ -201,8 +201,12 @@ def linear(
     out_features: int,
     block_size: int,
     layout: str = "rows",
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Return x @ W.T + bias; arguments as in nf4/reference/linear.py."""
+    """Return x @ W.T + bias, times factor; arguments as in nf4/reference/linear.py."""
+    if factor is not None:
+        parts_of_w = (packed, absmax, absmax2, offset)
+        return linear(x, *parts_of_w, bias, out_features, block_size, layout).mul_(factor)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     m, k = rows.shape
     shape, how = (out_features, k), path(m, k, x.dtype, block_size)

@@ -62,18 +62,21 @@ def linear(
     out_features: int,
     block_size: int,
     layout: str = "rows",
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Return x @ W.T + bias; arguments as in nf4/reference/linear.py."""
+    """Return x @ W.T + bias, times factor; arguments as in nf4/reference/linear.py."""
     rows, n = as_rows(x), out_features
     weight = contiguous(packed, absmax, absmax2, offset)
     bias = None if bias is None else bias.contiguous()
+    factor = None if factor is None else factor.contiguous()
     m, k = rows.shape
     kernel = plan(m, n, k, x.dtype, layout, block_size, x.device).kernel
     if kernel in KERNELS:
-        y: Tensor = KERNELS[kernel](rows, *weight, bias, None, None, 1.0, n, block_size)
+        y: Tensor = KERNELS[kernel](rows, *weight, bias, None, None, 1.0, n, block_size, factor)
     else:
         w = dense_weight(*weight, (n, k), block_size, layout, x.dtype)
         y = library_linear(rows, w, None if bias is None else bias.to(x.dtype))
+        y = y if factor is None else y.mul_(factor)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
 
 

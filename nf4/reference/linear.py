@@ -1,4 +1,4 @@
-"""Multiply by a quantized weight: y = x @ W.T + bias, and the gradient dx = dy @ W.
+"""Multiply by a quantized weight: y = factor * (x @ W.T + bias), and the gradient dx = dy @ W.
 
 W is dequantized to the dtype of x, products are summed in fp32 (fp64 for fp64) and the result is
 rounded once.
@@ -25,8 +25,9 @@ def linear(
     out_features: int,
     block_size: int,
     layout: str = "rows",
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """Return x @ W.T + bias.
+    """Return x @ W.T + bias, times factor.
 
     Args:
         x: floating ``[..., K]``.
@@ -38,6 +39,7 @@ def linear(
         out_features: N.
         block_size: elements that share one absmax.
         layout: as in `dequantize`.
+        factor: floating ``[out_features]``, of each output, or None.
 
     Returns:
         dtype of x ``[..., N]``.
@@ -46,7 +48,8 @@ def linear(
     shape = (out_features, x.shape[-1])
     w = dequantize(packed, absmax, absmax2, offset, shape, block_size, x.dtype, layout)
     y = x.to(acc) @ w.to(acc).T
-    return (y if bias is None else y + bias.to(acc)).to(x.dtype)
+    y = y if bias is None else y + bias.to(acc)
+    return (y if factor is None else y * factor.to(acc)).to(x.dtype)
 
 
 def linear_backward(

@@ -1,4 +1,4 @@
-"""Multiply by a weight in fragments: y = x @ W.T + scaling * t @ lora_B.T + bias.
+"""Multiply by a weight in fragments: y = f * (x @ W.T + scaling * t @ lora_B.T + bias).
 
 W is dequantized to the dtype of x, as nf4/reference/dequantize.py does. Sums are taken in fp32, y
 is rounded once.
@@ -22,6 +22,7 @@ def matmul(
     scaling: float,
     out_features: int,
     block_size: int,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Return y.
 
@@ -37,6 +38,7 @@ def matmul(
         scaling: factor of the low-rank term, not 0.
         out_features: N.
         block_size: elements that share one absmax.
+        factor: floating ``[N]``, of each output, or None.
 
     Returns:
         dtype of x ``[M, N]``.
@@ -48,4 +50,6 @@ def matmul(
         y += scaling * (t.float() @ lora_B.to(x.dtype).float().T)
     if bias is not None:
         y += bias.float()
+    if factor is not None:
+        y *= factor.float()
     return y.to(x.dtype)

@@ -1,4 +1,4 @@
-"""Multiply few rows by a weight in fragments: y = x @ W.T + scaling * t @ lora_B.T + bias.
+"""Multiply few rows by a weight in fragments: y = f * (x @ W.T + scaling * t @ lora_B.T + bias).
 
 Levels are rounded to the dtype of x before they are multiplied, and scales only meet the sums:
 
@@ -28,6 +28,7 @@ def matmul_small(
     scaling: float,
     out_features: int,
     block_size: int,
+    factor: Tensor | None = None,
 ) -> Tensor:
     """Return y; arguments and result as of nf4/reference/matmul.py."""
     n, k = out_features, x.shape[1]
@@ -42,4 +43,6 @@ def matmul_small(
         y += scaling * (t.float() @ lora_B.to(x.dtype).float().T)
     if bias is not None:
         y += bias.float()
+    if factor is not None:
+        y *= factor.float()
     return y.to(x.dtype)

@@ -29,8 +29,8 @@ def on_gpus(cases: dict) -> list[tuple]:
 class Product:
     """A product of x by a weight in fragments, with an adapter, and what it should be.
 
-    y = x @ W.T + scaling * t @ lora_B.T + bias; `exact` in float64 from the operands as they are,
-    with W unrounded, `unfused` by PyTorch in the dtype of x, term by term.
+    y = factor * (x @ W.T + scaling * t @ lora_B.T + bias); `exact` in float64 from the operands as
+    they are, with W unrounded, `unfused` by PyTorch in the dtype of x, term by term.
     """
 
     x: Tensor
@@ -39,18 +39,21 @@ class Product:
     t: Tensor | None
     lora_B: Tensor | None
     scaling: float
+    factor: Tensor | None = None
 
     def to(self, device: torch.device) -> "Product":
         """Return the same product on a device."""
         tensors = (self.x, self.q, self.bias, self.t, self.lora_B)
-        return Product(*(None if v is None else v.to(device) for v in tensors), self.scaling)
+        moved = (None if v is None else v.to(device) for v in tensors)
+        factor = None if self.factor is None else self.factor.to(device)
+        return Product(*moved, self.scaling, factor)
 
     def arguments(self) -> tuple:
         """Return the arguments of `matmul` and `matmul_small`."""
         f = nf4.to_fragments(self.q)
         weight = (f.packed, f.absmax, f.absmax2, f.offset)
         rest = (self.bias, self.t, self.lora_B, self.scaling, f.shape[0], f.block_size)
-        return (self.x, *weight, *rest)
+        return (self.x, *weight, *rest, self.factor)
 
     def exact(self) -> Tensor:
         """Return the product in float64."""
@@ -58,7 +61,8 @@ class Product:
         if self.t is not None:
             b = self.lora_B.to(self.x.dtype).double()
             y += self.scaling * self.t.double() @ b.T
-        return y if self.bias is None else y + self.bias.double()
+        y = y if self.bias is None else y + self.bias.double()
+        return y if self.factor is None else y * self.factor.double()
 
     def unfused(self) -> Tensor:
         """Return the product as PEFT would compute it."""
@@ -66,7 +70,7 @@ class Product:
         y = y if self.bias is None else y + self.bias.to(y.dtype)
         if self.t is not None:
             y = y + (self.t @ self.lora_B.to(y.dtype).T) * self.scaling
-        return y
+        return y if self.factor is None else (y * self.factor).to(y.dtype)
 
 
 def make_product(
@@ -79,6 +83,7 @@ def make_product(
     r: int = 0,
     bias: bool = False,
     scaling: float = 2.0,
+    factor: bool = False,
 ) -> Product:
     """Make a random product; the weight has a few outliers, as those of language models have."""
     w = torch.randn(n, k) / k**0.5
@@ -87,4 +92,5 @@ def make_product(
     b = torch.randn(n, r) / max(r, 1) ** 0.5 if r else None
     bias_ = torch.randn(n).to(dtype) if bias else None
     q = nf4.quantize(w, block_size, double_quant)
-    return Product(torch.randn(m, k).to(dtype), q, bias_, t, b, scaling)
+    x = torch.randn(m, k).to(dtype)
+    return Product(x, q, bias_, t, b, scaling, torch.randn(n) if factor else None)
