@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 import nf4
-from nf4 import operators
+from nf4 import registry
 from nf4.bench.circumstances import circumstances
 from nf4.bench.markdown import heading, table
 from nf4.files import write_file
@@ -80,12 +80,12 @@ def rows(calls: int = CALLS) -> dict[str, float]:
     }
     with (
         mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: None),
-        mock.patch.dict(operators._FASTER, {"cpu": operators._FASTER["cuda"]}),
+        mock.patch.dict(registry._FASTER, {"cpu": registry._FASTER["cuda"]}),
         torch.no_grad(),
     ):
-        operators.implementation.cache_clear()
+        registry.implementation.cache_clear()
         found = {name: microseconds(function, calls) for name, function in functions.items()}
-    operators.implementation.cache_clear()
+    registry.implementation.cache_clear()
     return found
 
 

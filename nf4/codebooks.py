@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
+from nf4.checks import check_block_size
 from nf4.codebook import NF4_LEVELS
 from nf4.distributions import Normal, scales
-from nf4.functional import check_block_size
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

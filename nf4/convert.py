@@ -9,16 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from nf4.adapted import AdaptedLayer
+from nf4.checks import check_block_size, check_scale, check_weight, check_weights
 from nf4.embedding import EmbeddingNF4, is_embedding
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
-from nf4.functional import (
-    check_block_size,
-    check_scale,
-    check_weight,
-    check_weights,
-    quantize,
-)
+from nf4.functional import quantize
 from nf4.linear import (
     LinearNF4,
     dense_weight,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nf4.operators import implementation
+from nf4.registry import implementation
 from nf4.tensor import NF4Tensor, check_nf4
 
 # What nf4.cpu.linear.path returns, in words

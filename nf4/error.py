@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from nf4.activations import evaluating
+from nf4.checks import check_weight
 from nf4.convert import check_callback, check_layer, check_model, dense_layers, dense_weights
 from nf4.dense_files import DenseWeight, dense_weights_in
-from nf4.functional import check_weight, dequantize, quantize
+from nf4.functional import dequantize, quantize
 from nf4.tensor import NF4Tensor, check_nf4
 
 OUTLIER = 4.0  # times rms

@@ -8,16 +8,9 @@ from torch import Tensor, nn
 
 from nf4.adapted import AdaptedLayer, check_adapter_name
 from nf4.adapter import Adapter, Base, Folded
+from nf4.checks import check_block_size, check_weight
 from nf4.dispatch import wants_fragments
-from nf4.functional import (
-    check_block_size,
-    check_weight,
-    dequantize,
-    linear,
-    quantize,
-    to_fragments,
-    to_rows,
-)
+from nf4.functional import dequantize, linear, quantize, to_fragments, to_rows
 from nf4.lora import LoRA, check_lora_options
 from nf4.quantized_module import QuantizedModule
 from nf4.tensor import NF4Tensor, check_nf4

@@ -27,8 +27,10 @@ from nf4.adapter import (
     check_plain,
     single,
 )
-from nf4.functional import check_dropout, dequantize_rows, lora_linear
-from nf4.operators import WEIGHT, call, define
+from nf4.checks import check_dropout
+from nf4.functional import dequantize_rows, lora_linear
+from nf4.operators import WEIGHT
+from nf4.registry import call, define
 from nf4.tensor import NF4Tensor
 
 _ROWS = 256  # of W that are dense at a time

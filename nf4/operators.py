@@ -1,163 +1,23 @@
-"""The operators of ``torch.ops.nf4``: what runs where, fake tensors, autograd.
+"""The operators of ``torch.ops.nf4``: what they compute, fake tensors, autograd.
 
-Registering them with ``torch.library`` makes them work under ``torch.compile(fullgraph=True)``,
-autocast, checkpointing and on meta tensors. Where nothing faster is at hand an operator computes
-what nf4/reference/ defines. Arguments are checked in `nf4.functional`, unless that needs the data.
+Arguments are checked in `nf4.functional`, unless that needs the data.
 """
 
-import importlib
-import importlib.util
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nf4 import reference
 from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.reference.embedding import embedding, gather_scales
 from nf4.reference.linear import accumulator
+from nf4.registry import call, define, run, run_without_autocast
 
 WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
 LAYOUT = "str layout='rows'"
 _LORA = "Tensor lora_A, Tensor lora_B, float scaling, float dropout_p, Tensor? seed"
-
-
-def define(
-    name: str,
-    schema: str,
-    compute: Callable[..., Any],
-    fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., Any] | None = None,
-) -> None:
-    """Register an operator ``nf4::name``.
-
-    Args:
-        name: by which `call` finds it.
-        schema: arguments and results.
-        compute: what it computes.
-        fake: the results' shapes and dtypes alone.
-        backward: its gradient.
-        setup_context: what backward keeps.
-    """
-    qualified = f"nf4::{name}"
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "CompositeExplicitAutograd")(compute)
-    torch.library.register_fake(qualified)(fake)
-    eager = None
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    if backward is not None and setup_context is not None:
-        eager = _eager(compute, backward, setup_context)
-    _OPERATORS[name] = (compute, eager, getattr(torch.ops.nf4, name).default)
-
-
-def _eager(
-    compute: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Return an operator with its gradient, without PyTorch's dispatcher."""
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = compute(*args)
-        setup_context(ctx, args, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type("NF4", (torch.autograd.Function,), methods)
-    return cast(Callable[..., Any], function.apply)
-
-
-# name: what computes it, the same with a gradient if it has one, and the operator itself
-_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Any]] = {}
-
-
-def call(name: str, *args: Any) -> Any:
-    """Call an operator, past PyTorch's dispatcher where nobody asks for it.
-
-    The dispatcher costs more than some kernels take, with gradients 150 us. It is needed for
-    subclasses and modes (fake tensors, torch.compile, torch.func), and while tracing.
-    """
-    compute, eager, operator = _OPERATORS[name]
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or args[0].is_meta  # all are on one device
-    ):
-        return operator(*args)
-    grad, found = torch.is_grad_enabled(), False
-    for a in args:
-        kind = type(a)
-        if kind in _PLAIN:
-            found = found or (grad and a.requires_grad)
-        elif kind not in _NO_TENSORS and isinstance(a, Tensor):
-            return operator(*args)
-    if found:
-        return operator(*args) if eager is None else eager(*args)
-    return compute(*args)
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}
-_NO_TENSORS = {type(None), bool, int, float, str, list, torch.Size, torch.dtype}
-
-
-# What replaces references on a kind of device: packages, what they need, the files they have
-_KERNELS = (
-    (
-        "nf4.kernels",
-        "triton",
-        ("quantize", "quantize_mse", "quantize_absmax", "dequantize", "repack"),
-    ),
-    ("nf4.gpu", "triton", ("linear", "lora_linear")),
-)
-_FASTER = {
-    "cuda": _KERNELS,  # ROCm calls itself cuda too
-    "xpu": _KERNELS[:1],
-    "cpu": (
-        (
-            "nf4.cpu",
-            "numba",
-            ("quantize", "quantize_mse", "quantize_absmax", "dequantize", "linear", "lora_linear"),
-        ),
-    ),
-}
-
-
-@lru_cache
-def implementation(op: str, device_type: str) -> Callable[..., Any]:
-    """Return what computes an operator on a kind of device, the reference if nothing faster."""
-    file, package = op.removesuffix("_backward"), reference.__name__
-    for faster, needs, files in _FASTER.get(device_type, ()):
-        if file in files and importlib.util.find_spec(needs) is not None:
-            package = faster
-    function: Callable[..., Any] = getattr(importlib.import_module(f"{package}.{file}"), op)
-    return function
-
-
-def _run(op: str, like: Tensor, *args: Any) -> Any:
-    """Compute an operator where a tensor is, whatever the current device is."""
-    device = like.device
-    kind = device.type
-    function = implementation(op, kind)
-    if kind == "cpu":
-        return function(*args)
-    module = torch.get_device_module(device)
-    if device.index == module.current_device():
-        return function(*args)
-    with module.device(device):  # kernels are launched on the current device
-        return function(*args)
-
-
-def _run_without_autocast(op: str, x: Tensor, *args: Any) -> Any:
-    """Keep autocast out of an operator: its caller has chosen the dtypes already."""
-    if not torch._C._is_any_autocast_enabled():
-        return _run(op, x, x, *args)
-    with torch.autocast(x.device.type, enabled=False):
-        return _run(op, x, x, *args)
 
 
 def _nothing(*args: Any) -> None:
@@ -175,13 +35,13 @@ def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 
 
 def _quantize(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
-    return _checked(w, check, *_run("quantize", w, w, block_size))
+    return _checked(w, check, *run("quantize", w, w, block_size))
 
 
 def _quantize_mse(
     w: Tensor, block_size: int, signed: bool, weights: Tensor | None, check: bool
 ) -> tuple[Tensor, Tensor]:
-    return _checked(w, check, *_run("quantize_mse", w, w, block_size, signed, weights))
+    return _checked(w, check, *run("quantize_mse", w, w, block_size, signed, weights))
 
 
 def _checked(w: Tensor, check: bool, packed: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,12 +66,12 @@ def _quantize_out(w: Tensor, block_size: int, check: bool, packed: Tensor, absma
         for target, value in zip(out, _quantize(w, block_size, check), strict=True):
             target.copy_(value)
     else:
-        _run("quantize", w, w, block_size, out)
+        run("quantize", w, w, block_size, out)
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parts: tuple[Tensor, Tensor, Tensor]
-    parts = _run("quantize_absmax", absmax, absmax)
+    parts = run("quantize_absmax", absmax, absmax)
     return parts
 
 
@@ -222,14 +82,14 @@ def _quantize_absmax_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _quantize_absmax_out(absmax: Tensor, codes: Tensor, absmax2: Tensor, offset: Tensor) -> None:
-    _run("quantize_absmax", absmax, absmax, (codes, absmax2, offset))
+    run("quantize_absmax", absmax, absmax, (codes, absmax2, offset))
 
 
 # --- dequantize
 
 
 def _dequantize(packed: Tensor, *args: Any) -> Tensor:
-    out: Tensor = _run("dequantize", packed, packed, *args)
+    out: Tensor = run("dequantize", packed, packed, *args)
     return out
 
 
@@ -292,7 +152,7 @@ def _embedding_fake(rows: Tensor, packed: Tensor, *args: Any) -> Tensor:
 
 
 def _repack(packed: Tensor, absmax: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    packed, absmax = _run("repack", packed, packed, absmax, *args)
+    packed, absmax = run("repack", packed, packed, absmax, *args)
     return packed, absmax
 
 
@@ -304,7 +164,7 @@ def _repack_fake(packed: Tensor, absmax: Tensor, *args: Any) -> tuple[Tensor, Te
 
 
 def _linear(x: Tensor, *args: Any) -> Tensor:
-    out: Tensor = _run_without_autocast("linear", x, *args)
+    out: Tensor = run_without_autocast("linear", x, *args)
     return out
 
 
@@ -313,7 +173,7 @@ def _linear_fake(x: Tensor, *args: Any) -> Tensor:
 
 
 def _linear_backward(dy: Tensor, *args: Any) -> Tensor:
-    out: Tensor = _run_without_autocast("linear_backward", dy, *args)
+    out: Tensor = run_without_autocast("linear_backward", dy, *args)
     return out
 
 
@@ -390,7 +250,8 @@ def _scaled_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any)
 def _scaled_linear_autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     x, y, input_factor, output_factor, *weight = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dx = dbias = d_input = d_output = None
+    dx: Any = None
+    dbias = d_input = d_output = None
     if need[7]:
         d_output = _factor_grad(dy, y, output_factor.dtype)
     if output_factor is not None:
@@ -412,7 +273,7 @@ def _scaled_linear_autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | Non
 
 
 def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y, t = _run_without_autocast("lora_linear", x, *args)
+    y, t = run_without_autocast("lora_linear", x, *args)
     need_t = args[10]
     return y, t if need_t else x.new_empty(0)
 
@@ -424,7 +285,7 @@ def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    grads = _run_without_autocast("lora_linear_backward", dy, *args)
+    grads = run_without_autocast("lora_linear_backward", dy, *args)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
 
 

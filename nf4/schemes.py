@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nf4.checks import check_weight
 from nf4.codebook import ABSMAX_BLOCK_SIZE, BLOCK_SIZES, SMALLEST_ABSMAX
 from nf4.codebooks import CODEBOOKS, levels_of
-from nf4.functional import check_weight, dequantize, quantize
+from nf4.functional import dequantize, quantize
 from nf4.reference._blocks import as_blocks
 from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.reference.quantize_absmax import quantize_absmax

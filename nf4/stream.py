@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nf4.checks import check_block_size, check_scale
 from nf4.convert import check_callback, check_skip_modules
 from nf4.dense_files import weight_files
 from nf4.files import check_new
-from nf4.functional import check_block_size, check_scale, quantize
+from nf4.functional import quantize
 from nf4.tensor import PARTS
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ import torch
 from scipy import special
 from scipy.integrate import simpson
 
+from nf4.checks import check_block_size
 from nf4.codebook import ABSMAX_BLOCK_SIZE, absmax_map
 from nf4.codebooks import levels_of
 from nf4.distributions import Distribution, distribution_of, scales
-from nf4.functional import check_block_size
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

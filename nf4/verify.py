@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nf4.checks import SCALES
 from nf4.functional import (
-    SCALES,
     dequantize,
     embedding,
     linear,

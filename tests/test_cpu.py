@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("numba", reason="nf4.cpu needs numba")
 
 import nf4
-from nf4 import operators, reference
+from nf4 import reference, registry
 from nf4.codebook import BLOCK_SIZES
 from nf4.cpu import _threads
 from nf4.cpu import across as cpu_across
@@ -415,12 +415,12 @@ def test_cpu_gives_the_same_bits_without_avx512(kind, tmp_path) -> None:
 
 
 def test_operators_fall_back_to_the_reference_without_numba(monkeypatch) -> None:
-    assert operators.implementation("dequantize", "cpu") is cpu_dequantize.dequantize
-    assert operators.implementation("dequantize", "mps") is reference_dequantize.dequantize
-    monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: None)
-    operators.implementation.cache_clear()
+    assert registry.implementation("dequantize", "cpu") is cpu_dequantize.dequantize
+    assert registry.implementation("dequantize", "mps") is reference_dequantize.dequantize
+    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    registry.implementation.cache_clear()
     try:
-        found = operators.implementation("lora_linear_backward", "cpu")
+        found = registry.implementation("lora_linear_backward", "cpu")
         assert found is reference.lora_linear.lora_linear_backward
     finally:
-        operators.implementation.cache_clear()
+        registry.implementation.cache_clear()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nf4
-from nf4 import operators
+from nf4 import registry
 
 Q = nf4.quantize(torch.randn(32, 128))
 
@@ -19,14 +19,14 @@ def test_explain_names_what_runs_on_a_cpu(monkeypatch) -> None:
     assert told.reason.endswith("few rows are multiplied without writing W")
     many = nf4.explain((64, 128), Q)
     assert many.reason.endswith("slabs of W are dequantized and multiplied")
-    monkeypatch.setitem(operators._FASTER, "cpu", ())
-    operators.implementation.cache_clear()
+    monkeypatch.setitem(registry._FASTER, "cpu", ())
+    registry.implementation.cache_clear()
     try:
         told = nf4.explain((2, 3, 128), Q)
         assert told.kernel == "nf4.reference.linear.linear"
         assert told.reason == "numba is not installed: the reference, in plain PyTorch"
     finally:
-        operators.implementation.cache_clear()
+        registry.implementation.cache_clear()
 
 
 BAD = {

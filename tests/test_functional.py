@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nf4
-from nf4 import operators
+from nf4 import registry
 
 W = torch.randn(8, 64)
 Q = nf4.quantize(W)
@@ -259,11 +259,11 @@ def test_operators_run_on_the_device_of_their_tensors(monkeypatch) -> None:
     module = SimpleNamespace(current_device=lambda: 0, device=enter)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     monkeypatch.setattr(
-        operators, "implementation", lambda *key: lambda x: computed.append((key, list(entered)))
+        registry, "implementation", lambda *key: lambda x: computed.append((key, list(entered)))
     )
     first, second = (SimpleNamespace(device=torch.device("cuda", i)) for i in (0, 1))
-    operators._run("dequantize", first, first)
-    operators._run("dequantize", second, second)
+    registry.run("dequantize", first, first)
+    registry.run("dequantize", second, second)
     key = ("dequantize", "cuda")
     assert computed == [(key, []), (key, [second.device])]
     assert entered == [second.device, None]

@@ -7,7 +7,7 @@ from helpers import error
 pytest.importorskip("triton", reason="nf4.gpu needs Triton")
 
 import nf4
-from nf4 import operators, scratch
+from nf4 import operators, registry, scratch
 from nf4.gpu import linear as gpu_linear
 from nf4.gpu import lora_linear as gpu_lora_linear
 from nf4.gpu import plan as gpu_plan
@@ -19,11 +19,11 @@ pytestmark = pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
 @pytest.fixture
 def gpu(emulate, monkeypatch):
     """Let operators on CPU tensors take the way of a GPU."""
-    monkeypatch.setitem(operators._FASTER, "cpu", operators._KERNELS)
-    operators.implementation.cache_clear()
+    monkeypatch.setitem(registry._FASTER, "cpu", registry._KERNELS)
+    registry.implementation.cache_clear()
     scratch.release_scratch()
     yield emulate
-    operators.implementation.cache_clear()
+    registry.implementation.cache_clear()
     scratch.release_scratch()
 
 

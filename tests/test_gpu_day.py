@@ -290,12 +290,12 @@ def test_what_is_found_is_one_line() -> None:
 
 
 def test_launch_reaches_every_operator(monkeypatch) -> None:
-    from nf4 import operators
+    from nf4 import registry
 
     called = set()
-    run_operator = operators._run
+    found = registry.implementation
     monkeypatch.setattr(
-        operators, "_run", lambda op, *args: called.add(op) or run_operator(op, *args)
+        registry, "implementation", lambda op, kind: called.add(op) or found(op, kind)
     )
     assert gpu_parts.launch() > 50
     assert called >= {"quantize", "quantize_mse", "quantize_absmax", "dequantize", "repack"}

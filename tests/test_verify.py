@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from nf4 import operators
+from nf4 import registry
 from nf4 import verify as module
 from nf4.cli import main
 
@@ -62,13 +62,13 @@ def doubled_adapter(function):
     [("dequantize", off_by_one_bit, "dequantize"), ("lora_linear", doubled_adapter, "lora_linear")],
 )
 def test_verify_notices_a_wrong_operator(op, spoil, named, small, monkeypatch, capsys) -> None:
-    right = operators.implementation(op, "cpu")
-    implementation = operators.implementation
+    right = registry.implementation(op, "cpu")
+    implementation = registry.implementation
 
     def chosen(name: str, kind: str):
         return spoil(right) if name == op else implementation(name, kind)
 
-    monkeypatch.setattr(operators, "implementation", chosen)
+    monkeypatch.setattr(registry, "implementation", chosen)
     assert main(["verify", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"{named}") and "at most" in line for line in lines)

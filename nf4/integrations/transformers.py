@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from nf4.bitsandbytes_files import take
+from nf4.checks import check_block_size, check_scale
 from nf4.convert import (
     check_skip_modules,
     dense_layers,
@@ -36,7 +37,7 @@ from nf4.convert import (
 )
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
-from nf4.functional import check_block_size, check_scale, quantize
+from nf4.functional import quantize
 from nf4.integrations._stored import (
     Stored,
     check_stored,

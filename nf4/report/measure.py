@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nf4.activations import collect_activation_stats
+from nf4.checks import check_block_size, check_scale
 from nf4.codebook import BLOCK_SIZES
 from nf4.convert import dense_layers, dense_weights
 from nf4.dense_files import dense_weights_in
 from nf4.error import LayerError, layer_error, perplexity
-from nf4.functional import check_block_size, check_scale
 from nf4.progress import Progress, steps
 from nf4.reference._blocks import as_blocks
 from nf4.schemes import Scheme, compared
