@@ -45,7 +45,7 @@ class AdaptedDense(AdaptedLayer):
         return self._make(self.weight, self.bias)
 
     def to_dense(self, weight: Tensor | None = None) -> nn.Module:
-        """Return the dense layer with the active adapters folded in, of the class that was adapted.
+        """Return a ``torch.nn.Linear`` or Conv1D with the active adapters folded in.
 
         Args:
             weight: what to take instead of the merged weight, of the same shape and dtype.

@@ -42,10 +42,11 @@ class Base:
         return dense_linear(x, self.weight, self.bias)
 
     def dense(self) -> Tensor:
-        """Return W as a new float32 tensor ``[N, K]``."""
+        """Return W as a new tensor ``[N, K]``, float32, or float64 if it is dense and that."""
         if isinstance(self.weight, NF4Tensor):
             return dequantize(self.weight, torch.float32)
-        return self.weight.detach().to(torch.float32, copy=True)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.weight.detach().to(wide, copy=True)
 
 
 class Term(Protocol):
@@ -70,7 +71,7 @@ class Term(Protocol):
         """Return weight and bias with this term folded in.
 
         Args:
-            w: float32 ``[N, K]``, with the terms beneath folded in; may be overwritten.
+            w: float32 or float64 ``[N, K]``, with the terms beneath folded in; may be overwritten.
             bias: floating ``[N]`` or None; not to be overwritten.
             base: the product at the bottom.
 
@@ -120,7 +121,7 @@ def _known(x: Tensor, y: Tensor, base: Base) -> Below:
 
 @torch.no_grad()
 def fold(base: Base, terms: Sequence[Term]) -> Folded:
-    """Return the float32 weight ``[N, K]`` and the bias of a layer with terms folded in, in turn.
+    """Return the wide weight ``[N, K]`` and the bias of a layer with terms folded in, in turn.
 
     Raises:
         ValueError: a term has no place in a linear layer.
@@ -146,8 +147,15 @@ class Adapter(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         """Let files name the kind."""
         super().__init_subclass__(**options)
-        if "peft_type" in vars(cls):
-            KINDS[cls.peft_type] = cls
+        if "peft_type" not in vars(cls):
+            return
+        known = KINDS.setdefault(cls.peft_type, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"peft_type: expected one that no kind has, got {cls.peft_type!r}, "
+                f"that of {known.__module__}.{known.__qualname__}"
+            )
+        KINDS[cls.peft_type] = cls  # a class that was defined again
 
     @abstractmethod
     def term(self) -> Term:

@@ -25,7 +25,10 @@ from nf4.lora import LoRA
 
 
 def find_targets(
-    model: nn.Module, target_modules: str | Iterable[str], adapter_name: str
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    adapter_name: str,
+    kind: type[Adapter],
 ) -> dict[str, nn.Module]:
     """Return the linear layers that an adapter is to be put on, by name; check all arguments.
 
@@ -35,26 +38,26 @@ def find_targets(
             one, for every linear layer but the output layer; another string is a regular
             expression for the whole name; a list holds whole names or their last parts.
         adapter_name: of the adapter.
+        kind: of the adapter.
 
     Raises:
-        TypeError: model is no module, a name no string, or a target no linear layer.
+        TypeError: model is no module, a name no string, or a target no linear layer, or one whose
+            weight is computed.
         ValueError: no module matches, a target has an adapter of that name, that name cannot be
-            one or is that of an adapter of a changed base, or the model has PEFT's adapters.
+            one or is that of an adapter of another kind or of a changed base, biases train with
+            another adapter, or the model has PEFT's adapters.
     """
     check_model(model)
     check_no_peft(model)
     check_adapter_name(adapter_name)
-    if adapter_name in adapter_names(model) and base_change_of(model, adapter_name):
-        raise ValueError(
-            f"adapter_name: expected another name than {adapter_name!r}, which started by pissa"
-        )
+    check_name_is_free(model, adapter_name, kind)
     layers = linear_layers(model)
     if isinstance(target_modules, str) and target_modules == "all-linear":
         matched: dict[str, nn.Module] = _all_linear(model, layers)
     else:
         modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
         named = match_targets(modules, target_modules, "target_modules")
-        matched = {n: m for n, m in modules.items() if n in named and not _inside(n, layers)}
+        matched = {n: m for n, m in modules.items() if n in named and not inside(n, layers)}
     if not matched:
         kinds = sorted({n.rpartition(".")[2] for n in layers})
         raise ValueError(
@@ -68,6 +71,8 @@ def find_targets(
                 f"{name}: expected a LinearNF4, torch.nn.Linear or Conv1D, "
                 f"got {type(module).__name__}"
             )
+        if not isinstance(module, LinearNF4 | AdaptedLayer):
+            _check_parameters(name, module)
         if isinstance(module, AdaptedLayer) and adapter_name in module.named_adapters():
             raise ValueError(
                 f"{name}: expected a layer without adapter {adapter_name!r}, got one with "
@@ -87,10 +92,54 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
+def _check_parameters(name: str, layer: nn.Module) -> None:
+    """Raise TypeError unless a dense layer holds its weight and bias as they are."""
+    for part in ("weight", "bias"):
+        value = getattr(layer, part)
+        if value is not None and not isinstance(value, nn.Parameter):
+            raise TypeError(
+                f"{name}: expected {part} to be a parameter, got one that is computed: remove "
+                "parametrizations and pruning first"
+            )
+
+
+def check_name_is_free(model: nn.Module, adapter_name: str, kind: type[Adapter]) -> None:
+    """Raise ValueError unless a model can have an adapter of a name beside those it has."""
+    if adapter_name not in adapter_names(model):
+        if any(layer.trained_biases != "none" for layer in adapted_layers(model)):
+            raise ValueError(
+                "bias: expected one adapter for a model that trains biases, got "
+                f"{adapter_name!r} beside {', '.join(adapter_names(model))}"
+            )
+        return
+    if base_change_of(model, adapter_name):
+        raise ValueError(
+            f"adapter_name: expected another name than {adapter_name!r}, which started by pissa"
+        )
+    held = (layer.named_adapters().get(adapter_name) for layer in adapted_layers(model))
+    other = next((a for a in held if a is not None and not isinstance(a, kind)), None)
+    if other is not None:
+        raise ValueError(
+            f"adapter_name: expected another name than {adapter_name!r}, which is one of kind "
+            f"{other.peft_type}, for one of kind {kind.peft_type}"
+        )
+
+
+def inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
     """Return whether a module is a part of a layer, such as one of its adapters."""
     parents = name.split(".")
     return any(".".join(parents[:end]) in layers for end in range(1, len(parents)))
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """Return the module inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def _all_linear(model: Any, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -99,7 +148,7 @@ def _all_linear(model: Any, layers: Mapping[str, nn.Module]) -> dict[str, nn.Mod
     if quantized:
         return quantized
     try:
-        output = model.get_output_embeddings()
+        output = unwrapped(model).get_output_embeddings()
     except (AttributeError, NotImplementedError):  # none, or of several towers
         output = None
     return {name: layer for name, layer in layers.items() if layer is not output}
@@ -137,9 +186,19 @@ def put_adapters(
     """
     names = {id(layer): name for name, layer in targets.items()}
     model = replace_layers(model, targets, lambda layer: make(names[id(layer)], layer))
+    call_layers(model)
     freeze_base(model)
     set_adapter(model, adapter_name)
     return model
+
+
+def call_layers(model: nn.Module) -> None:
+    """Let torch's encoder layers call layers with adapters, instead of reading their weights."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(child, AdaptedDense) for child in module.children()
+        ):
+            module.activation_relu_or_gelu = 0  # what its fast path asks for
 
 
 def layer_base(layer: nn.Module) -> Base:

@@ -23,12 +23,15 @@ from nf4.adapter import KINDS, Adapter
 from nf4.adapters import (
     adapter_names,
     biases_of,
+    call_layers,
+    check_name_is_free,
     freeze_base,
     layer_base,
     linear_layers,
     set_adapter,
     shortest_targets,
     train_biases,
+    unwrapped,
     with_adapter,
 )
 from nf4.convert import check_model, check_no_peft, replace_layers
@@ -68,7 +71,7 @@ def save_adapter(
     check_model(model)
     check_no_peft(model)
     path = check_new(path, "path")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     layers = adapter_layers(model, adapter_name)
     config = _adapter_config(model, layers)
     changes = _base_changes(model, layers)
@@ -126,12 +129,14 @@ def load_adapter(
     check_model(model)
     check_no_peft(model)
     check_adapter_name(name)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     config, kind = _read_config(path / CONFIG_NAME)
     adapters, biases = _read_tensors(path / WEIGHTS_NAME, kind)
     layers = linear_layers(model)
     if not beside:
         _check_kind(model, kind, path / CONFIG_NAME)
+    elif name not in adapter_names(model):
+        check_name_is_free(model, name, kind)
     bias = config.get("bias") or "none"
     values = _find_biases(model, biases, bias, beside, path / WEIGHTS_NAME)
     from_original = _metadata(path / WEIGHTS_NAME).get(_FROM_ORIGINAL) == "True"
@@ -163,6 +168,7 @@ def load_adapter(
         )
     convert = _converter(layers, found, changes, original, name, beside)
     replace_layers(model, layers, convert)
+    call_layers(model)
     freeze_base(model)
     set_adapter(model, name)
     train_biases(model, bias if not beside else "none")
@@ -309,17 +315,6 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> dict[st
     }
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile's and DistributedDataParallel's wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 def _file_name(name: str) -> str:
     """Return a module's name without the parts that torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
@@ -346,6 +341,11 @@ def _check_place(
     file: Path,
 ) -> None:
     """Raise unless an adapter can be put on a layer with its base as it is."""
+    if change is not None and not isinstance(layer, LinearNF4):
+        raise ValueError(
+            f"{file}: {module}: expected a LinearNF4 for an adapter that started by "
+            f"{change.kind}, got {type(layer).__name__}"
+        )
     if not isinstance(layer, AdaptedLayer):
         return
     if beside and name in layer.named_adapters():
@@ -458,10 +458,10 @@ def _read_tensors(
     modules: dict[str, dict[str, Tensor]] = {}
     biases: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        if key.startswith(_PREFIX) and key.endswith(".bias") and tensor.ndim == 1:
+        match = pattern.fullmatch(key)
+        if not match and key.startswith(_PREFIX) and key.endswith(".bias") and tensor.ndim == 1:
             biases[key.removeprefix(_PREFIX)] = tensor
             continue
-        match = pattern.fullmatch(key)
         dims = None if match is None else kind.parts[match["part"]]
         if match is None or tensor.ndim != dims or not tensor.is_floating_point():
             form = ", ".join(f"{p} of {d} dimensions" for p, d in kind.parts.items())

@@ -22,6 +22,8 @@ from nf4.linear import (
 )
 from nf4.tensor import PARTS, NF4Tensor
 
+# What a module holds its hooks in, and how to call them
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")
 Model = TypeVar("Model", bound=nn.Module)
 Layer = TypeVar("Layer", bound=nn.Module)
 # torch.nn.MultiheadAttention reads the weight of its out_proj instead of calling the layer.
@@ -361,7 +363,7 @@ def replace_layers(
     for done, group in enumerate(names.values(), start=1):
         old = [layers.pop(name) for name in group][0]
         new = convert(old)
-        for hooks in (h for h in vars(old) if h.endswith(("_hooks", "_hooks_with_kwargs"))):
+        for hooks in (h for h in vars(old) if h.endswith(_HOOKS)):
             if new is not old and not hooks.startswith(("_state_dict", "_load_state_dict")):
                 setattr(new, hooks, getattr(old, hooks))
         del old

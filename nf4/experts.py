@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nf4.adapted import AdaptedLayer
 from nf4.linear import LinearNF4
 
 PARTS = ("gate_up_proj", "down_proj")
@@ -85,7 +86,8 @@ class ExpertsNF4(nn.Module):
         for name in PARTS:
             layers: Any = self.get_submodule(name).children()
             weights = [
-                m.merged_weight() if isinstance(m, LinearNF4) else m.weight.detach() for m in layers
+                m.merged_weight() if isinstance(m, LinearNF4 | AdaptedLayer) else m.weight.detach()
+                for m in layers
             ]
             setattr(dense, name, nn.Parameter(torch.stack(weights)))
         return dense.train(self.training)

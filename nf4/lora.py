@@ -120,7 +120,7 @@ class LowRank:
         """
         if self.bias is not None:
             raise ValueError("expected adapters without a bias to merge, got one with lora_bias")
-        w = w.addmm_(self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
+        w = w.addmm_(self.lora_B.to(w.dtype), self.lora_A.to(w.dtype), alpha=self.scaling)
         if self.magnitude is not None:
             ratio = self.magnitude.float() / weight_norm(base.weight, self)
             w = w.mul_(ratio[:, None])

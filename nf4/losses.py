@@ -16,6 +16,8 @@ What the values of labels and correct must be is checked on CPU tensors alone, a
 graph is traced: anywhere else the check would wait for the device.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -184,7 +186,10 @@ def consistency_loss(
     # KL(a || b) + KL(b || a) = sum (p_a - p_b) (log p_a - log p_b), whose terms are never negative
     impossible = log_a.isneginf() & log_b.isneginf()
     apart = log_a.masked_fill(impossible, 0) - log_b.masked_fill(impossible, 0)
-    divergence = 0.5 * ((log_a.exp() - log_b.exp()) * apart).sum(dim=-1)
+    terms = (log_a.exp() - log_b.exp()) * apart
+    # Also where the other one's probability has underflowed, and 0 * inf is no infinity
+    terms = terms.masked_fill(log_a.isneginf() ^ log_b.isneginf(), math.inf)
+    divergence = 0.5 * terms.sum(dim=-1)
     return divergence.sum() / counted.sum().clamp(min=1)
 
 

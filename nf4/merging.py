@@ -84,7 +84,8 @@ def merge(
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, EmbeddingNF4)
     }
-    if not layers and not embeddings:
+    experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
+    if not layers and not embeddings and not experts:
         raise ValueError(
             f"model: expected LinearNF4 layers or adapters, found none in {type(model).__name__}"
         )
@@ -93,7 +94,6 @@ def merge(
     if report is not None:
         for name, layer in layers.items():
             report(_dense_error(name, layer))
-    experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
     inside = tuple(f"{name}." for name in experts)
     layers = {n: m for n, m in layers.items() if not (inside and n.startswith(inside))}
     _check_replaceable({**experts, **embeddings, **layers})
@@ -132,6 +132,8 @@ def _check_replaceable(layers: dict[str, Any]) -> None:
             if any(parameter.is_meta for parameter in part.parameters()):
                 continue
             weight, bias = part.exact_merged()
+            if isinstance(layer, ExpertsNF4) and bias is not None:
+                raise ValueError(f"{name}: expected adapters without a bias on experts, got one")
             found = [weight] if bias is None else [weight, bias]
             if not all(tensor.to(part.dtype).isfinite().all() for tensor in found):
                 raise ValueError(
@@ -169,6 +171,7 @@ def _merge_in_4_bits(
     if not any(isinstance(m, LinearNF4) for m in adapted.values()):
         raise ValueError("model: expected 4-bit layers with adapters to merge, found none")
     _check_replaceable(adapted)
+    layers.clear()  # the caller's: layers are freed one by one
     names = {id(layer): name for name, layer in adapted.items()}
 
     def convert(layer: Any) -> nn.Module:
@@ -197,10 +200,13 @@ def scaled_weight(layer: Any) -> NF4Tensor | None:
         layer: a `LinearNF4` with adapters.
 
     Returns:
-        With scales in fp32; no code changes. None where an active adapter does more than to scale
-        outputs, or blocks straddle rows.
+        With scales in fp32; no code changes. The weight itself if there is no factor. None where
+        an active adapter does more than to scale outputs, or blocks straddle rows.
     """
     factors = [layer.named_adapters()[name].merged_term() for name in layer.active_adapters]
+    if not factors:
+        held: NF4Tensor = layer.weight
+        return held
     q = to_rows(layer.weight)
     if not all(isinstance(f, OutputFactor) for f in factors) or q.shape[1] % q.block_size:
         return None

@@ -248,6 +248,8 @@ def _scaled_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any)
 
 
 def _scaled_linear_autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # its formula leaves out what depends on x through y
+        _no_double_backward(ctx)
     x, y, input_factor, output_factor, *weight = ctx.saved_tensors
     need = ctx.needs_input_grad
     dx: Any = None

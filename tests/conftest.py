@@ -144,6 +144,16 @@ def tiny_llama():
     return make
 
 
+@pytest.fixture(params=["4bit", "dense"])
+def biased_llama(request, tiny_llama) -> nn.Module:
+    """A model with biases, in four bits or dense."""
+    model = tiny_llama(attention_bias=True, mlp_bias=True).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return nf4.quantize_model(model) if request.param == "4bit" else model
+
+
 @pytest.fixture
 def backend() -> str:
     """torch.compile's own backend where there is a C++ compiler for it."""

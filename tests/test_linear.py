@@ -256,3 +256,11 @@ def test_linear_refuses_factors_that_do_not_fit() -> None:
         nf4.linear(x, q, output_factor=torch.ones(128))
     with pytest.raises(TypeError, match="output_factor: expected"):
         nf4.linear(x, q, output_factor=2.0)
+
+
+def test_second_gradients_of_factors_are_refused() -> None:
+    q, x = nf4.quantize(torch.randn(48, 128)), torch.randn(5, 128, requires_grad=True)
+    factor = torch.ones(48, requires_grad=True)
+    loss = nf4.linear(x, q, output_factor=factor).square().sum()
+    with pytest.raises(NotImplementedError, match="gradient of a gradient is not implemented"):
+        torch.autograd.grad(loss, factor, create_graph=True)

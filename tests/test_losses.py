@@ -537,3 +537,9 @@ def test_bad_passes_are_refused(case) -> None:
     arguments[position] = value(arguments[position])
     with pytest.raises(kind, match=message):
         consistency_loss(*arguments)
+
+
+@pytest.mark.parametrize("gap", [-50.0, -80.0, -120.0, -200.0])
+def test_consistency_is_infinite_where_one_pass_rules_a_token_out(gap) -> None:
+    a, b = torch.tensor([[0.0, gap]]), torch.tensor([[0.0, -torch.inf]])
+    assert consistency_loss(a, b).item() == torch.inf == consistency_loss(b, a).item()

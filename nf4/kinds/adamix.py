@@ -198,7 +198,7 @@ def add_adamix(
     """
     check_lora_options(r, lora_alpha, lora_dropout)
     _check_mixture(num_modules, share)
-    targets = find_targets(model, target_modules, adapter_name)
+    targets = find_targets(model, target_modules, adapter_name, AdaMix)
 
     def make(name: str, layer: nn.Module) -> nn.Module:
         form = (r, lora_alpha, lora_dropout, num_modules, share)

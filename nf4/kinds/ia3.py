@@ -5,6 +5,7 @@ feed-forward block it is one of its inputs, which are the block's inner activati
 Source: https://arxiv.org/abs/2205.05638, section 3.3; its files are those of PEFT's IA3.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from nf4.adapter import Adapter, Base, check_finite_parts, check_plain
 from nf4.adapters import (
     find_targets,
+    inside,
     layer_base,
     match_targets,
     put_adapters,
-    shortest_targets,
+    unwrapped,
     with_adapter,
 )
-from nf4.convert import Model, check_model
+from nf4.convert import Model, check_model, check_names
 from nf4.factors import InputFactor, OutputFactor
 
 _ROBERTA = (r".*\.(key|value)", r".*layer\.\d+\.output\.dense")
@@ -74,9 +76,16 @@ class IA3(Adapter):
 
     @classmethod
     def config_of(cls, layers: Mapping[str, "IA3"]) -> dict[str, Any]:
-        """Return which of the layers have their inputs scaled."""
+        """Return which of the layers have their inputs scaled, as an expression for whole names.
+
+        PEFT takes a list only if it is a part of target_modules as they stand in the file, and
+        finds its names at the end of others, dot or no dot.
+        """
         wanted = {name for name, adapter in layers.items() if adapter.of_inputs}
-        inputs = shortest_targets(layers, wanted) if wanted else []
+        ends = "|".join(re.escape(last) for last in sorted({n.rpartition(".")[2] for n in wanted}))
+        inputs: list[str] | str = rf"(.*\.)?({ends})" if wanted else []
+        if wanted and match_targets(layers, inputs, "feedforward_modules") != wanted:
+            inputs = "|".join(re.escape(name) for name in sorted(wanted))
         return {"feedforward_modules": inputs, "init_ia3_weights": True}
 
     @classmethod
@@ -142,7 +151,7 @@ def add_ia3(
     check_model(model)
     if target_modules is None:
         target_modules, feedforward_modules = _known_targets(model, feedforward_modules)
-    targets = find_targets(model, target_modules, adapter_name)
+    targets = find_targets(model, target_modules, adapter_name, IA3)
     inputs = _feedforward(model, feedforward_modules, targets)
 
     def make(name: str, layer: nn.Module) -> nn.Module:
@@ -159,7 +168,7 @@ def _known_targets(
     Raises:
         ValueError: the type is not known.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = getattr(getattr(unwrapped(model), "config", None), "model_type", None)
     if kind not in KNOWN_TARGETS:
         raise ValueError(
             "target_modules: expected names of layers for a model whose config.model_type is not "
@@ -180,10 +189,15 @@ def _feedforward(
     """
     if modules is None:
         return set()
-    known = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    modules = modules if isinstance(modules, str) else tuple(modules)
+    if not isinstance(modules, str):
+        modules = check_names(modules, "feedforward_modules")
     if not modules:
         return set()
+    known = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and not inside(name, targets)
+    }
     found = match_targets(known, modules, "feedforward_modules")
     if not found:
         raise ValueError(

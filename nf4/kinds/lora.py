@@ -89,7 +89,7 @@ def add_lora(
             f"init_lora_weights: expected True or one of {', '.join(INITIALIZATIONS)}, "
             f"got {init_lora_weights!r}"
         )
-    targets = find_targets(model, target_modules, adapter_name)
+    targets = find_targets(model, target_modules, adapter_name, LoRA)
     quantized = _check_start(str(kind), targets, r)
     source = dense_source(original, quantized, needed=kind == "loftq") if kind else None
     options = {
