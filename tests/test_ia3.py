@@ -1,6 +1,7 @@
 """(IA)³ on 4-bit and dense layers: values, gradients and files as PEFT's, merging, the scales."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -13,6 +14,8 @@ from torch import nn
 import nf4
 from nf4.adapted import AdaptedLayer
 from nf4.adapters import adapter_names
+from nf4.kinds.ia3 import KNOWN_TARGETS
+from nf4.linear import is_conv1d, is_linear
 
 
 @pytest.fixture
@@ -153,3 +156,17 @@ def test_ia3_in_bf16_rounds_as_peft_does(tiny_llama, tmp_path) -> None:
     factor = layer.adapters["default"].ia3_l
     assert layer(x).dtype == torch.bfloat16 and factor.dtype == torch.float32
     assert torch.equal(layer(x), nf4.linear((x * factor).to(torch.bfloat16), layer.weight))
+
+
+@pytest.mark.parametrize("kind", KNOWN_TARGETS)
+def test_known_targets_are_linear_layers_of_their_model(kind) -> None:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    modules = dict(model.named_modules())
+    for pattern in KNOWN_TARGETS[kind]:
+        named = [modules[name] for name in modules if re.fullmatch(pattern, name)]
+        assert len(named) >= {"albert": 1, "bloom": 2}.get(kind, 6)
+        assert all(is_linear(module) or is_conv1d(module) for module in named)

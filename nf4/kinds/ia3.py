@@ -25,26 +25,41 @@ from nf4.adapters import (
 from nf4.convert import Model, check_model, check_names
 from nf4.factors import InputFactor, OutputFactor
 
-_ROBERTA = (r".*\.(key|value)", r".*layer\.\d+\.output\.dense")
+_BERT = (r".*\.(key|value)", r".*layer\.\d+\.output\.dense")
+_LLAMA = (r".*\.(k_proj|v_proj)", r".*\.down_proj")
+_FC2 = (r".*\.(k_proj|v_proj)", r".*\.fc2")
+_FUSED = (r".*\.query_key_value", r".*\.dense_4h_to_h")
+_GPT2 = (r".*\.c_attn", r".*\.mlp\.c_proj")
+_T5 = (r".*Attention\.(k|v)", r".*\.wo")
 # By config.model_type: the layers that make keys and values, and those that end a feed-forward
 # block. Where one layer makes queries, keys and values, its queries get a factor too, as in PEFT.
 KNOWN_TARGETS = {
     "albert": (r".*\.(key|value)", r".*\.ffn_output"),
-    "bert": _ROBERTA,
+    "bart": _FC2,
+    "bert": _BERT,
+    "bloom": _FUSED,
     "deberta": (r".*\.in_proj", r".*layer\.\d+\.output\.dense"),
     "deberta-v2": (r".*\.(key_proj|value_proj)", r".*layer\.\d+\.output\.dense"),
-    "gemma": (r".*\.(k_proj|v_proj)", r".*\.down_proj"),
-    "gpt2": (r".*\.c_attn", r".*\.mlp\.c_proj"),
-    "gpt_neox": (r".*\.query_key_value", r".*\.dense_4h_to_h"),
+    "distilbert": (r".*\.(k_lin|v_lin)", r".*\.ffn\.lin2"),
+    "electra": _BERT,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
+    "gpt_neo": (r".*\.(k_proj|v_proj)", r".*\.mlp\.c_proj"),
+    "gpt_neox": _FUSED,
     "gptj": (r".*\.(k_proj|v_proj)", r".*\.fc_out"),
-    "llama": (r".*\.(k_proj|v_proj)", r".*\.down_proj"),
-    "mistral": (r".*\.(k_proj|v_proj)", r".*\.down_proj"),
-    "opt": (r".*\.(k_proj|v_proj)", r".*\.fc2"),
-    "phi": (r".*\.(k_proj|v_proj)", r".*\.fc2"),
-    "qwen2": (r".*\.(k_proj|v_proj)", r".*\.down_proj"),
-    "qwen3": (r".*\.(k_proj|v_proj)", r".*\.down_proj"),
-    "roberta": _ROBERTA,
-    "t5": (r".*Attention\.(k|v)", r".*\.wo"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mt5": _T5,
+    "opt": _FC2,
+    "phi": _FC2,
+    "phi3": (r".*\.qkv_proj", r".*\.down_proj"),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "roberta": _BERT,
+    "t5": _T5,
 }
 
 
