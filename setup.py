@@ -6,6 +6,7 @@ setup(
     packages=[
         "nf4",
         "nf4.reference",
+        "nf4.compare",
         "nf4.cpu",
         "nf4.gpu",
         "nf4.kinds",

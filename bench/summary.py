@@ -1,32 +1,35 @@
 """The figures of the project's README: of each device's results, ours beside bitsandbytes'."""
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from nf4.bench import results, smollm2
 from nf4.bench.circumstances import FOLDER
 from nf4.bench.markdown import table
+from nf4.bench.render import MODULES
 from nf4.bench.results import Results, Row
 from nf4.files import write_file
 
 README = FOLDER.parent / "README.md"
 BEGIN = "<!-- Made by `nf4 bench --render` from bench/results: do not edit. -->"
+METHODS = "<!-- Made by `nf4 bench --render` from comparisons in bench/results: do not edit. -->"
 END = "<!-- End of what was made. -->"
+COMPARISON = "nf4-compare-1"  # format of what nf4.compare writes
 SHAPE = "4096×4096"
 OPS = ("quantize", "dequantize", "matmul", "qlora_step")
 PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
 
 
 def summary(folder: Path = results.RESULTS) -> str:
-    """Return the tables as Markdown: a 4096×4096 weight, and SmolLM2 in bf16, on each device.
+    """Return the tables of speed as Markdown: a weight, and SmolLM2 in bf16, on each device.
 
     Raises:
         ValueError: a file of results is broken.
     """
     lines: list[str] = []
-    for path in sorted(folder.glob("*.json")):
-        data = results.load_json(path)
+    for data, path in _files(folder):
         if data.get("format") == results.FORMAT:
             lines += _operators(results.from_json(data, str(path)))
         elif data.get("format") == smollm2.FORMAT and data["dtype"] == "bf16":
@@ -34,18 +37,36 @@ def summary(folder: Path = results.RESULTS) -> str:
     return "\n".join(lines)
 
 
-def write_readme() -> None:
-    """Put the summary into the README of this checkout, where its marks are.
+def methods(folder: Path = results.RESULTS) -> str:
+    """Return the tables of methods of fine-tuning as Markdown, see `nf4.compare`.
 
     Raises:
-        ValueError: there is no README with both marks, or a file of results is broken.
+        ValueError: a file of results is broken.
+    """
+    comparison = import_module(MODULES[COMPARISON])
+    found = (data for data, _ in _files(folder) if data.get("format") == COMPARISON)
+    return "\n".join(line for data in found for line in comparison.summary(data))
+
+
+def _files(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
+    for path in sorted(folder.glob("*.json")):
+        yield results.load_json(path), path
+
+
+def write_readme() -> None:
+    """Put the tables into the README of this checkout, where their marks are.
+
+    Raises:
+        ValueError: there is no README with all marks, or a file of results is broken.
     """
     text = README.read_text(encoding="utf-8") if README.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"render: expected {README} to hold {BEGIN} and {END}")
-    write_file(README, f"{before}{BEGIN}\n\n{summary()}\n{END}{after}")
+    for mark, made in ((BEGIN, summary()), (METHODS, methods())):
+        before, begin, rest = text.partition(mark)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            raise ValueError(f"render: expected {README} to hold {mark} and {END}")
+        text = f"{before}{mark}\n\n{made}\n{END}{after}"
+    write_file(README, text)
 
 
 def _operators(found: Results) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nf4.bench_command import add_bench
+from nf4.compare_command import add_compare
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_quantize(commands)
     _add_error(commands)
     add_bench(commands)
+    add_compare(commands, _free_folder)
     check = commands.add_parser(
         "verify",
         help="check every operator on this machine against its reference and float64",

@@ -187,9 +187,11 @@ def test_committed_page_is_that_of_the_committed_results() -> None:
 def test_render_writes_the_page_of_a_checkout(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(render, "PAGE", tmp_path / "README.md")
     monkeypatch.setattr(summary, "README", tmp_path / "front.md")
-    summary.README.write_text(f"above\n{summary.BEGIN}\nold\n{summary.END}\nbelow\n")
+    old = f"above\n{summary.BEGIN}\nold\n{summary.END}\nbelow\n{summary.METHODS}{summary.END}\n"
+    summary.README.write_text(old)
     assert main(["bench", "--render"]) == 0
     made = f"above\n{summary.BEGIN}\n\n{summary.summary()}\n{summary.END}\nbelow\n"
+    made += f"{summary.METHODS}\n\n{summary.methods()}\n{summary.END}\n"
     assert summary.README.read_text() == made
     assert capsys.readouterr().out == f"{tmp_path / 'README.md'}\n"
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == render.page()
@@ -233,6 +235,7 @@ def test_results_go_to_a_file_of_the_device_s_name(tmp_path, monkeypatch) -> Non
 def test_readme_has_the_figures_of_the_committed_results() -> None:
     text = summary.README.read_text(encoding="utf-8")
     assert f"{summary.BEGIN}\n\n{summary.summary()}\n{summary.END}" in text
+    assert f"{summary.METHODS}\n\n{summary.methods()}\n{summary.END}" in text
     assert "quantize | bf16" in text and "generate 64 tokens" in text
 
 
