@@ -14,7 +14,7 @@ demo: $(READY)
 test: $(READY) lint
 	$(RUN) -m pytest -m "not alone" -n 2 --dist worksteal --cov --cov-report= --cov-fail-under=0
 	$(RUN) -m pytest -m alone --cov --cov-append --cov-report=term
-	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest --nbmake --nbmake-timeout=600 --nbmake-kernel=python3 notebooks
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest --nbmake -n 2 --dist worksteal --nbmake-timeout=600 --nbmake-kernel=python3 notebooks
 
 lint: $(READY)
 	$(RUN) -m ruff check .
