@@ -362,7 +362,8 @@ class QLoRALinear(AdaptedLinearNF4, LoRA):
     @classmethod
     def with_lora(cls, layer: LinearNF4, name: str, adapter: LoRA) -> Self:
         """Make a layer of a frozen one, whose weight and bias it shares, and its first adapter."""
-        new = cls.from_weight(layer.weight, layer.bias, adapter_name=name, **adapter.options)
+        # Its own adapter, on meta, is not drawn: a seed gives 4-bit and dense layers one start
+        new = super().from_weight(layer.weight, layer.bias, adapter_name=name, **adapter.options)
         new.lora_A, new.lora_B = adapter.lora_A, adapter.lora_B
         new.lora_magnitude = adapter.lora_magnitude
         return new.take_after(layer)

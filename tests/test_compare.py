@@ -196,14 +196,10 @@ def test_equal_seeds_give_equal_losses_and_others_do_not(name, found, request_of
     again = one.measure(request_of(name), silent)
     assert (again.losses, again.consistency) == (found[name].losses, found[name].consistency)
     assert again.perplexity_after == found[name].perplexity_after
-    other = one.measure(request_of(name, seed=6), silent)
-    assert other.batches != again.batches and other.losses != again.losses
-
-
-def test_learning_rate_is_the_request_s(found, request_of) -> None:
-    slow = one.measure(request_of("lora", lr=1e-12), silent)
-    assert slow.perplexity_after == pytest.approx(slow.perplexity_before, rel=1e-6)
-    assert slow.lr == 1e-12 and found["lora"].lr == METHODS["lora"].lr
+    other = one.measure(request_of(name, seed=6, lr=1e-12), silent)
+    assert other.batches != again.batches and other.losses[0] != again.losses[0]
+    # At a rate of nearly nothing nothing is learned
+    assert other.perplexity_after == pytest.approx(other.perplexity_before, rel=1e-6)
 
 
 def test_bytes_of_the_model_are_those_of_its_weights(found, tiny) -> None:
@@ -326,8 +322,8 @@ def test_folder_has_tables_picture_and_adapters_and_nothing_else(shell) -> None:
     assert [p.name for p in (shell.out / "adapters").iterdir()] == ["qlora"]
     assert (shell.out / "compare.png").read_bytes().startswith(b"\x89PNG")
     assert (shell.out / "table.md").read_text(encoding="utf-8") == shell.printed
-    texts = [p.read_bytes() for p in (shell.out / "compare.json", shell.folder / "found.json")]
-    assert texts[0] == texts[1]
+    files = (shell.out / "compare.json", shell.folder / "found.json")
+    assert len({path.read_bytes() for path in files}) == 1
 
 
 def test_file_says_under_what_circumstances_and_no_path(shell) -> None:
@@ -352,13 +348,10 @@ def test_tables_have_a_line_a_method(shell, tmp_path) -> None:
     assert "- 4-bit base, no peak memory: nothing is trained." in lines
     (tmp_path / "compare-x.json").write_text(json.dumps(shell.data), encoding="utf-8")
     assert shell.printed.strip() in render.page(tmp_path)
-    short = summary.summary(tmp_path)
+    short = summary.methods(tmp_path)
     assert f"{shell.data['device']}:\n" in short
     assert f"| QLoRA | {TRAINABLE['qlora']:,} |" in short and f"| {after:.2f} |" in short
-
-
-def test_tables_say_so_where_batches_were_others(shell) -> None:
-    assert "the same batches in the same order" in report.tables(shell.data)
+    assert "the same batches in the same order" in shell.printed
     rows = {name: {**row, "batches": name} for name, row in shell.data["methods"].items()}
     assert "different batches" in report.tables({**shell.data, "methods": rows})
 
@@ -374,8 +367,7 @@ def test_picture_shows_each_method_where_it_came_to(shell) -> None:
     assert set(line.get_ydata()) == {row["perplexity_before"]}
     assert line.get_label().startswith("4-bit, not trained: ")
     assert list(right.lines[0].get_ydata()) == row["losses"]
-    base = {"base": data["methods"]["base"]}
-    (left, right) = plots.picture({**data, "methods": base}).axes
+    (left, right) = plots.picture({**data, "methods": {"base": data["methods"]["base"]}}).axes
     assert not left.collections and len(left.lines) == 1 and not right.lines
 
 
@@ -467,6 +459,7 @@ def test_a_process_is_ended_with_what_waits_for_it(child, tmp_path) -> None:
 
 BAD = {
     "unknown_method": (["--methods", "lora", "dora"], "methods: expected some of base, lora"),
+    "method_twice": (["--methods", "lora", "lora"], "each once, got ['lora', 'lora']"),
     "steps_zero": (["--steps", "0"], "steps: expected at least 2 (one is not timed), got 0"),
     "one_step": (["--steps", "1"], "steps: expected at least 2"),
     "no_rank": (["--r", "0"], "r: expected at least 1, got 0"),
@@ -499,11 +492,6 @@ def test_mistake_is_one_line_and_status_2(case, tiny, tmp_path, capsys, monkeypa
     assert status == 2 and printed.out == "" and printed.err.count("\n") == 1
     assert printed.err.startswith("nf4 compare: ") and message in printed.err
     assert list(tmp_path.iterdir()) == [], "nothing was written"
-
-
-def test_methods_are_given_once_each(tiny) -> None:
-    with pytest.raises(ValueError, match="each once, got .'lora', 'lora'."):
-        run.Options(tiny, methods=["lora", "lora"])
 
 
 def test_help_names_every_method(capsys) -> None:

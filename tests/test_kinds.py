@@ -78,6 +78,18 @@ def test_kind_has_files_a_state_dict_and_copies(kind, base, tmp_path) -> None:
     assert "default" in repr(model) or "r=4" in repr(model)
 
 
+@pytest.mark.parametrize("name", ["lora", "adamix"])
+def test_a_seed_gives_dense_and_4_bit_layers_one_start(name, tiny_llama) -> None:
+    dense, quantized = (
+        with_kind(m, name) for m in (tiny_llama(), nf4.quantize_model(tiny_llama()))
+    )
+    pairs = list(zip(adapted_layers(dense), adapted_layers(quantized), strict=True))
+    assert len(pairs) == 14
+    for one, other in pairs:
+        a, b = (layer.named_adapters()["default"].lora_A for layer in (one, other))
+        assert torch.equal(a, b)
+
+
 def test_kind_merges_to_within_rounding(kind, base) -> None:
     model = with_kind(base, kind).train()
     randomize(model)
