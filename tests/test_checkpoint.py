@@ -261,7 +261,7 @@ BAD_FILES = {
     "config_list": (
         lambda f: (f / "adapter_config.json").write_text("[]"),
         ValueError,
-        "expected peft_type 'IA3' or 'LORA' or 'NF4_ADAMIX', got 'list'",
+        "expected peft_type 'IA3' or 'LORA' or 'NF4_ADAMIX'.*, got 'list'",
     ),
     "ia3": (
         lambda f: edit_config(f, peft_type="IA3"),
