@@ -1,6 +1,5 @@
 """Linear layers with adapters: which they have, which are computed, and what they come to."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +76,9 @@ class AdaptedLayer(nn.Module):
 
     def named_adapters(self) -> dict[str, Adapter]:
         """Return the adapters by name, in the order in which they were added."""
-        more: Iterable[tuple[str, nn.Module]] = ()
-        more = more if self.adapters is None else self.adapters.items()
-        return {name: adapter for name, adapter in more if isinstance(adapter, Adapter)}
+        if self.adapters is None:
+            return {}
+        return {n: adapter for n, adapter in self.adapters.items() if isinstance(adapter, Adapter)}
 
     def set_adapter(self, *names: str) -> None:
         """Compute and train these adapters and no others; none for the base alone.

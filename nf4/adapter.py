@@ -197,7 +197,8 @@ class Adapter(nn.Module):
             base: the layer's product.
             config: of the file, checked.
             name: of the layer, as in files.
-            tensors: by the ends of their names; floating, of as many dimensions as `parts` says.
+            tensors: by the ends of their names; floating, finite, of as many dimensions as `parts`
+                says.
 
         Raises:
             TypeError: an option in the config has the wrong type.
@@ -223,19 +224,18 @@ class Adapter(nn.Module):
         return same and all(own[part].shape == new[part].shape for part in own)
 
     @torch.no_grad()
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Take on values, by the ends of their names in files, and return the adapter."""
+        for part, tensor in self.tensors().items():
+            tensor.copy_(tensors[part])
+        return self
+
     def take(self, other: Self) -> None:
         """Take on the values of another adapter, which fits."""
-        for part, tensor in self.tensors().items():
-            tensor.copy_(other.tensors()[part])
+        self.copy_from(other.tensors())
 
 
 KINDS: dict[str, type[Adapter]] = {}
-
-
-def check_finite_parts(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless all tensors of an adapter are finite."""
-    if not all(t.float().isfinite().all() for t in tensors.values()):
-        raise ValueError("expected finite values, got NaN or an infinity")
 
 
 def check_plain(

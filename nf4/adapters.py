@@ -29,6 +29,7 @@ def find_targets(
     target_modules: str | Iterable[str],
     adapter_name: str,
     kind: type[Adapter],
+    bias: str = "none",
 ) -> dict[str, nn.Module]:
     """Return the linear layers that an adapter is to be put on, by name; check all arguments.
 
@@ -39,6 +40,7 @@ def find_targets(
             expression for the whole name; a list holds whole names or their last parts.
         adapter_name: of the adapter.
         kind: of the adapter.
+        bias: which biases are to train beside it.
 
     Raises:
         TypeError: model is no module, a name no string, or a target no linear layer, or one whose
@@ -50,7 +52,7 @@ def find_targets(
     check_model(model)
     check_no_peft(model)
     check_adapter_name(adapter_name)
-    check_name_is_free(model, adapter_name, kind)
+    check_name_is_free(model, adapter_name, kind, bias)
     layers = linear_layers(model)
     if isinstance(target_modules, str) and target_modules == "all-linear":
         matched: dict[str, nn.Module] = _all_linear(model, layers)
@@ -103,15 +105,17 @@ def _check_parameters(name: str, layer: nn.Module) -> None:
             )
 
 
-def check_name_is_free(model: nn.Module, adapter_name: str, kind: type[Adapter]) -> None:
+def check_name_is_free(
+    model: nn.Module, adapter_name: str, kind: type[Adapter], bias: str = "none"
+) -> None:
     """Raise ValueError unless a model can have an adapter of a name beside those it has."""
-    if adapter_name not in adapter_names(model):
-        if any(layer.trained_biases != "none" for layer in adapted_layers(model)):
-            raise ValueError(
-                "bias: expected one adapter for a model that trains biases, got "
-                f"{adapter_name!r} beside {', '.join(adapter_names(model))}"
-            )
-        return
+    others = [name for name in adapter_names(model) if name != adapter_name]
+    modes = {layer.trained_biases for layer in adapted_layers(model)}
+    if (others and {bias, *modes} != {"none"}) or modes - {bias}:
+        raise ValueError(
+            f"bias: expected {'one adapter' if others else 'one value'} for a model that trains "
+            f"biases, got {bias!r} beside {', '.join(others) or ', '.join(modes)}"
+        )
     if base_change_of(model, adapter_name):
         raise ValueError(
             f"adapter_name: expected another name than {adapter_name!r}, which started by pissa"

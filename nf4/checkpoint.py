@@ -145,6 +145,8 @@ def load_adapter(
     for module, tensors in adapters.items():
         layer = _find_layer(layers, module, path / WEIGHTS_NAME)
         try:
+            if not all(t.float().isfinite().all() for t in tensors.values()):
+                raise ValueError("expected finite values, got NaN or an infinity")
             adapter = kind.from_file(layer_base(layer), config, module, tensors)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {module}: {error}") from error

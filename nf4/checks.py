@@ -33,6 +33,15 @@ def check_block_size(block_size: int) -> int:
     return size
 
 
+def check_int(value: int, name: str, least: int, most: int | None = None) -> None:
+    """Raise TypeError or ValueError unless value is an int within bounds."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}: expected an int {wanted}, got {value}")
+
+
 def check_scale(scale: str) -> str:
     """Return how scales are found, or raise ValueError if that is not known."""
     if scale not in SCALES:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nf4.adapted import AdaptedLayer, check_adapter_name
 from nf4.adapter import Adapter, Base, Folded
-from nf4.checks import check_block_size, check_weight
+from nf4.checks import check_block_size, check_int, check_weight
 from nf4.dispatch import wants_fragments
 from nf4.functional import dequantize, linear, quantize, to_fragments, to_rows
 from nf4.lora import LoRA, check_lora_options
@@ -113,11 +113,8 @@ class LinearNF4(QuantizedModule):
         double_quant: bool = True,
     ) -> None:
         super().__init__()
-        for name, size in (("in_features", in_features), ("out_features", out_features)):
-            if not isinstance(size, int) or isinstance(size, bool):
-                raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
-            if size < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, got {size}")
+        check_int(in_features, "in_features", 1)
+        check_int(out_features, "out_features", 1)
         self.in_features, self.out_features = in_features, out_features
         self.conv1d: type[nn.Module] | None = None  # transformers' class, of a layer that was one
         w = torch.empty(out_features, in_features, device=device, dtype=dtype)

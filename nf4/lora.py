@@ -23,11 +23,10 @@ from nf4.adapter import (
     Base,
     Below,
     Folded,
-    check_finite_parts,
     check_plain,
     single,
 )
-from nf4.checks import check_dropout
+from nf4.checks import check_dropout, check_int
 from nf4.functional import dequantize_rows, lora_linear
 from nf4.operators import WEIGHT
 from nf4.registry import call, define
@@ -312,9 +311,7 @@ class LoRA(Adapter):
     def check_config(cls, config: Mapping[str, Any]) -> None:
         """Raise TypeError or ValueError unless a config is of plain LoRA, rsLoRA or DoRA."""
         check_plain(config, _HARMLESS, _PLAIN)
-        r: Any = config.get("r")
-        alpha: Any = config.get("lora_alpha")
-        check_lora_options(r, alpha, config.get("lora_dropout", 0.0))
+        check_lora_config(config)
 
     @classmethod
     def from_file(
@@ -343,11 +340,7 @@ class LoRA(Adapter):
             raise ValueError(
                 f"expected lora_magnitude_vector of shape ({n},), got {tuple(magnitude.shape)}"
             )
-        check_finite_parts(tensors)
-        with torch.no_grad():
-            for part, tensor in adapter.tensors().items():
-                tensor.copy_(tensors[part])
-        return adapter
+        return adapter.copy_from(tensors)
 
     def summary(self) -> str:
         """Return the options."""
@@ -370,15 +363,19 @@ def check_lora_options(
     for name, value in (("use_rslora", use_rslora), ("use_dora", use_dora)):
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"r: expected an int, got {type(r).__name__}")
-    if r < 1:
-        raise ValueError(f"r: expected an int of at least 1, got {r}")
+    check_int(r, "r", 1)
     if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float):
         raise TypeError(f"lora_alpha: expected a number, got {type(lora_alpha).__name__}")
     if not math.isfinite(lora_alpha) or lora_alpha <= 0:
         raise ValueError(f"lora_alpha: expected a finite number above 0, got {lora_alpha}")
     check_dropout(lora_dropout, "lora_dropout")
+
+
+def check_lora_config(config: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError unless a file's config has usual options of an adapter."""
+    r: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    check_lora_options(r, alpha, config.get("lora_dropout", 0.0))
 
 
 def by_pattern(layers: Mapping[str, Any], option: str, pattern: str) -> dict[str, Any]:

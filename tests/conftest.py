@@ -155,6 +155,15 @@ def biased_llama(request, tiny_llama) -> nn.Module:
 
 
 @pytest.fixture
+def one_thread():
+    """Compute on one thread: a second one makes small tensors wait, on busy cores for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def backend() -> str:
     """torch.compile's own backend where there is a C++ compiler for it."""
     return "inductor" if any(map(shutil.which, ("g++", "c++", "clang++"))) else "aot_eager"

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import error
+from kinds import TOKENS, logits, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -13,28 +14,12 @@ import nf4
 import nf4.integrations.peft
 from nf4.adapters import adapter_names
 
-TOKENS = torch.arange(24).view(2, 12) % 320
 KINDS = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
     "dora_dropout": {"use_dora": True, "lora_dropout": 0.2},
 }
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def randomize(model: nn.Module, name: str = "default") -> None:
-    """Give an adapter values beside its start, where DoRA's lengths cancel."""
-    torch.manual_seed(4)
-    for layer in adapted(model):
-        adapter = layer.named_adapters().get(name)
-        if adapter is not None:
-            for parameter in adapter.parameters_of_adapter():
-                parameter.data += 0.05 * torch.randn_like(parameter)
 
 
 def adapted(model: nn.Module) -> list[nf4.QLoRALinear]:

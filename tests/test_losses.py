@@ -19,6 +19,7 @@ TERMS = {
 each_term = pytest.mark.parametrize("term", TERMS)
 # Sums of some dozen numbers of size 1 to 10, each right to a few roundings of 2^-24 or 2^-53
 CLOSE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
+pytestmark = pytest.mark.usefixtures("one_thread")
 each_dtype = pytest.mark.parametrize("dtype", CLOSE, ids=str)
 
 
@@ -27,15 +28,6 @@ def digits():
     with localcontext() as context:
         context.prec = 50
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second one makes tensors of a few hundred numbers wait, on busy cores for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ragged(dtype=torch.float64) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,16 +11,8 @@ import nf4
 from nf4.demo import t_few
 from nf4.demo.t_few import T_FEW, Example, Recipe, accuracy, fine_tune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = Recipe(steps=40, batch_size=6, learning_rate=5e-2, warmup_steps=4)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second one makes so small a model wait, on busy cores for long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from nf4 import samples
+from nf4.checks import check_int
 from nf4.demo.train import trainable
 
 IGNORED = -100  # label of a position that does not count, torch's own in cross-entropy
@@ -155,8 +156,8 @@ def minilm_task(count: int = 8, length: int = 16) -> Task:
         TypeError: count or length is no int.
         ValueError: count is below 1, or length not from 3 to 512.
     """
-    _check_int("count", count, 1)
-    _check_int("length", length, 3, samples.WINDOW)
+    check_int(count, "count", 1)
+    check_int(length, "length", 3, samples.WINDOW)
     path = samples.model_path("minilm")
     with _quietly(), torch.random.fork_rng(devices=[]):
         from transformers import AutoTokenizer, BertForMaskedLM
@@ -183,8 +184,8 @@ def random_bert_task(layers: int = 12, count: int = 8, seed: int = 0) -> Task:
         TypeError: layers or count is no int.
         ValueError: layers or count is below 1.
     """
-    _check_int("layers", layers, 1)
-    _check_int("count", count, 1)
+    check_int(layers, "layers", 1)
+    check_int(count, "count", 1)
     vocabulary = byte_vocabulary()
     play = files("nf4.demo").joinpath("othello.txt").read_text(encoding="utf-8")
     lines = [line.strip() for line in play.split("\n") if 24 < len(line.strip()) <= 36]
@@ -213,14 +214,6 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _check_int(name: str, value: int, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < low or (high is not None and value > high):
-        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name}: expected an int {wanted}, got {value}")
 
 
 def mask_tokens(
@@ -305,7 +298,7 @@ def make_batch(
         raise ValueError("sequences: expected at least one, got none")
     longest = max(map(len, sequences))
     length = longest if length is None else length
-    _check_int("length", length, longest)
+    check_int(length, "length", longest)
     rows = [mask_tokens(torch.tensor(s), vocabulary, generator, shares) for s in sequences]
 
     def padded(parts: Iterable[Tensor], value: int) -> Tensor:
@@ -333,9 +326,9 @@ def draw_batches(
         TypeError: count or batch_size is no int.
         ValueError: count is below 1, or batch_size not from 1 to the number of sequences.
     """
-    _check_int("count", count, 1)
+    check_int(count, "count", 1)
     size = len(task.sequences) if batch_size is None else batch_size
-    _check_int("batch_size", size, 1, len(task.sequences))
+    check_int(size, "batch_size", 1, len(task.sequences))
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(count):
@@ -475,7 +468,7 @@ def predict(model: nn.Module, batch: Batch, vocabulary: Vocabulary, k: int = 3) 
         TypeError: k is no int.
         ValueError: k is out of range, the model is in training mode, or labels do not fit.
     """
-    _check_int("k", k, 1, len(vocabulary.tokens))
+    check_int(k, "k", 1, len(vocabulary.tokens))
     if model.training:
         raise ValueError("model: expected one in eval mode, without dropout, call eval()")
     logits, labels, names = masked_logits(model, batch).float(), batch["labels"], vocabulary.tokens

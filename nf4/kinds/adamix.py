@@ -16,10 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from nf4.adapted import AdaptedLayer
-from nf4.adapter import Adapter, Base, check_finite_parts, check_plain, single
+from nf4.adapter import Adapter, Base, check_plain, single
 from nf4.adapters import find_targets, layer_base, put_adapters, with_adapter
+from nf4.checks import check_int
 from nf4.convert import Model, check_model, check_no_peft, replace_layers
-from nf4.lora import LoRA, LowRank, by_pattern, check_lora_options, lora_scaling, options_of
+from nf4.lora import (
+    LoRA,
+    LowRank,
+    by_pattern,
+    check_lora_config,
+    check_lora_options,
+    lora_scaling,
+    options_of,
+)
 
 SHARES = (None, "A", "B")
 
@@ -67,6 +76,12 @@ class AdaMix(Adapter):
         """Factor of the adapter's output."""
         return lora_scaling(self.r, self.lora_alpha, use_rslora=False)
 
+    @property
+    def options_of_lora(self) -> dict[str, Any]:
+        """What `LoRA.of` makes the adapter by that a mixture comes to."""
+        own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
+        return {**own, "use_rslora": False, "use_dora": False}
+
     def term(self) -> LowRank:
         """Return one A and one B: drawn in training, the mean of all in evaluation."""
         if not self.training:
@@ -106,9 +121,7 @@ class AdaMix(Adapter):
         """Raise TypeError or ValueError unless a config is of a mixture."""
         own = ["r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"]
         check_plain(config, frozenset([*own, "num_modules", "share"]), {})
-        r: Any = config.get("r")
-        alpha: Any = config.get("lora_alpha")
-        check_lora_options(r, alpha, config.get("lora_dropout", 0.0))
+        check_lora_config(config)
         _check_mixture(config.get("num_modules"), config.get("share"))
 
     @classmethod
@@ -126,12 +139,7 @@ class AdaMix(Adapter):
         found = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
         if found != expected:
             raise ValueError(f"expected tensors of shapes {expected}, got {found}")
-        check_finite_parts(tensors)
-        adapter = cls(base, **options)
-        with torch.no_grad():
-            for part, tensor in adapter.tensors().items():
-                tensor.copy_(tensors[part])
-        return adapter
+        return cls(base, **options).copy_from(tensors)
 
     def summary(self) -> str:
         """Return the options."""
@@ -151,10 +159,7 @@ def _draw(modules: Tensor) -> Tensor:
 
 def _check_mixture(num_modules: Any, share: Any) -> None:
     """Raise TypeError or ValueError unless a mixture can have so many modules, so shared."""
-    if isinstance(num_modules, bool) or not isinstance(num_modules, int):
-        raise TypeError(f"num_modules: expected an int, got {type(num_modules).__name__}")
-    if num_modules < 1:
-        raise ValueError(f"num_modules: expected an int of at least 1, got {num_modules}")
+    check_int(num_modules, "num_modules", 1)
     if share not in SHARES:
         raise ValueError(f"share: expected None, 'A' or 'B', got {share!r}")
 
@@ -270,10 +275,7 @@ def _averaged(layer: AdaptedLayer, adapter_name: str | None) -> AdaptedLayer:
     alone = list(layer.named_adapters()) == list(mixtures) and len(mixtures) == 1
     new = layer
     for name, mixture in mixtures.items():
-        options = (mixture.r, mixture.lora_alpha, mixture.lora_dropout)
-        names = ("r", "lora_alpha", "lora_dropout")
-        plain = {**dict(zip(names, options, strict=True)), "use_rslora": False, "use_dora": False}
-        lora, mean = LoRA.of(layer.base(), **plain), mixture.merged_term()
+        lora, mean = LoRA.of(layer.base(), **mixture.options_of_lora), mixture.merged_term()
         lora.start_from(layer.base(), mean.lora_A, mean.lora_B)
         if alone:
             new = with_adapter(layer.to_base(), name, lora)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4.adapter import Adapter, Base, check_finite_parts, check_plain
+from nf4.adapter import Adapter, Base, check_plain
 from nf4.adapters import (
     find_targets,
     inside,
@@ -121,11 +121,7 @@ class IA3(Adapter):
         of_inputs = shape == (1, k)
         if (n, k) == (1, 1):  # both
             of_inputs = bool(match_targets([name], config["feedforward_modules"] or [], "config"))
-        check_finite_parts(tensors)
-        adapter = cls(base, of_inputs)
-        with torch.no_grad():
-            adapter.ia3_l.copy_(factors.flatten())
-        return adapter
+        return cls(base, of_inputs).copy_from(tensors)
 
     def summary(self) -> str:
         """Return the options."""

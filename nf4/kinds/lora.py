@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from nf4.adapted import AdaptedLayer, BaseChange, adapted_layers, check_adapter_name
+from nf4.adapted import AdaptedLayer, BaseChange
 from nf4.adapter import Base
 from nf4.adapters import (
-    adapter_names,
     check_bias,
     find_targets,
     layer_base,
@@ -16,7 +15,7 @@ from nf4.adapters import (
     train_biases,
     with_adapter,
 )
-from nf4.convert import Model, check_model
+from nf4.convert import Model
 from nf4.initialize import INITIALIZATIONS, check_rank, dense_source, initialize
 from nf4.linear import LinearNF4
 from nf4.lora import LoRA, check_lora_options, lora_scaling
@@ -72,24 +71,15 @@ def add_lora(
         ValueError: no module matches target_modules, a target has an adapter of that name already,
             an option is out of range, or a weight of original is missing or has another shape.
     """
-    check_model(model)
     check_lora_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
-    check_adapter_name(adapter_name)
     check_bias(bias)
-    others = [name for name in adapter_names(model) if name != adapter_name]
-    modes = {layer.trained_biases for layer in adapted_layers(model)}
-    if (others and {bias, *modes} != {"none"}) or modes - {bias}:
-        raise ValueError(
-            f"bias: expected {'one adapter' if others else 'one value'} for a model that trains "
-            f"biases, got {bias!r} beside {', '.join(others) or ', '.join(modes)}"
-        )
     kind = "" if init_lora_weights is True else init_lora_weights
     if kind not in ("", *INITIALIZATIONS):
         raise ValueError(
             f"init_lora_weights: expected True or one of {', '.join(INITIALIZATIONS)}, "
             f"got {init_lora_weights!r}"
         )
-    targets = find_targets(model, target_modules, adapter_name, LoRA)
+    targets = find_targets(model, target_modules, adapter_name, LoRA, bias)
     quantized = _check_start(str(kind), targets, r)
     source = dense_source(original, quantized, needed=kind == "loftq") if kind else None
     options = {
