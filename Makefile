@@ -6,20 +6,33 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 INSTALL := $(PIP) -c .ci/constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint gpu clean
+.PHONY: demo test lint style types tests alone notebooks gpu clean
 
 demo: $(READY)
 	$(RUN) -m nf4.cli demo $(ARGS)
 
-test: $(READY) lint
-	$(RUN) -m pytest -m "not alone" -n 2 --dist worksteal --cov --cov-report= --cov-fail-under=0
-	$(RUN) -m pytest -m alone --cov --cov-append --cov-report=term
-	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest --nbmake -n 2 --dist worksteal --nbmake-timeout=600 --nbmake-kernel=python3 notebooks
+# Every stage runs, one after another, also after one that fails; then the whole fails
+test: $(READY)
+	@$(MAKE) --no-print-directory --keep-going --jobs 1 style types tests alone notebooks
 
 lint: $(READY)
+	@$(MAKE) --no-print-directory --keep-going --jobs 1 style types
+
+style: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+types: $(READY)
 	$(RUN) -m mypy
+
+tests: $(READY)
+	$(RUN) -m pytest -m "not alone" -n 2 --dist worksteal --cov --cov-report= --cov-fail-under=0
+
+alone: $(READY)
+	$(RUN) -m pytest -m alone --cov --cov-append --cov-report=term
+
+notebooks: $(READY)
+	OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest --nbmake -n 2 --dist worksteal --nbmake-timeout=600 --nbmake-kernel=python3 notebooks
 
 # With the Python at hand and what it has: a machine with a GPU may have no network
 gpu:
