@@ -11,7 +11,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -58,15 +59,54 @@ def microseconds(function: Callable[[], Any], calls: int = CALLS) -> float:
 
 def rows(calls: int = CALLS) -> dict[str, float]:
     """Return each call and its cost in microseconds; needs Triton."""
+    timed = functions()
+    with without_launches():
+        return {name: microseconds(function, calls) for name, function in timed.items()}
+
+
+def counts() -> dict[str, int]:
+    """Return how many functions, of Python and built in, each call enters, once warm."""
+    counted = functions()
+    with without_launches():
+        return {name: entered(function) for name, function in counted.items()}
+
+
+def entered(function: Callable[[], Any]) -> int:
+    """Return how many functions a call enters, itself not counted."""
+    function()
+    events: list[str] = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return sum(event in ("call", "c_call") for event in events) - 2  # function, and setprofile
+
+
+@contextmanager
+def without_launches() -> Iterator[None]:
+    """Let operators on CPU tensors take the kernels' path, and launches return at once."""
     from triton.runtime.jit import JITFunction
 
+    with (
+        mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: None),
+        mock.patch.dict(registry._FASTER, {"cpu": registry._FASTER["cuda"]}),
+        torch.no_grad(),
+    ):
+        registry.implementation.cache_clear()
+        yield
+    registry.implementation.cache_clear()
+
+
+def functions() -> dict[str, Callable[[], Any]]:
+    """Return the calls, small ones, by name."""
     w = torch.randn(128, 128, dtype=torch.bfloat16)
     x = torch.randn(1, 128, dtype=torch.bfloat16)
     q = nf4.quantize(w)
     f = nf4.to_fragments(q)
     a, b = torch.randn(16, 128), torch.randn(128, 16)
     out, wide = torch.empty_like(w), (x.float(), w.float())
-    functions: dict[str, Callable[[], Any]] = {
+    return {
         "torch.empty": lambda: torch.empty(128, 128),
         LINEAR: lambda: torch.nn.functional.linear(*wide),
         "nf4.quantize, no double quantization": lambda: nf4.quantize(
@@ -78,15 +118,6 @@ def rows(calls: int = CALLS) -> dict[str, float]:
         "nf4.linear, M = 1": lambda: nf4.linear(x, f),
         "nf4.lora_linear, M = 1": lambda: nf4.lora_linear(x, f, a, b, 2.0),
     }
-    with (
-        mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: None),
-        mock.patch.dict(registry._FASTER, {"cpu": registry._FASTER["cuda"]}),
-        torch.no_grad(),
-    ):
-        registry.implementation.cache_clear()
-        found = {name: microseconds(function, calls) for name, function in functions.items()}
-    registry.implementation.cache_clear()
-    return found
 
 
 def once() -> dict[str, float]:

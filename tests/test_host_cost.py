@@ -1,4 +1,4 @@
-"""What a small call costs the host, beside PyTorch's own; and what comes once."""
+"""What a small call costs the host, and what comes once."""
 
 import json
 import os
@@ -13,21 +13,27 @@ pytest.importorskip("triton", reason="nf4's kernels need Triton")
 import nf4
 from nf4.bench import host_cost
 
+# Functions that a call enters, of Python and built in, once warm: what the host's time is made of,
+# and the same on every machine. A few more than are counted today, for other versions of Python.
+BUDGETS = {
+    "nf4.quantize": 62,
+    "nf4.dequantize": 42,
+    "nf4.dequantize, out=": 48,
+    "nf4.linear, M = 1": 60,
+    "nf4.lora_linear, M = 1": 96,
+}
 
-@pytest.mark.alone
-def test_a_small_product_costs_the_host_little_more_than_pytorch_s() -> None:
+
+def test_small_calls_enter_few_functions() -> None:
     # In a process of its own: coverage traces this one, and its new memory is filled
-    code = "import json; from nf4.bench import host_cost; print(json.dumps(host_cost.rows()))"
+    code = "import json; from nf4.bench import host_cost; print(json.dumps(host_cost.counts()))"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
-    shares = []
-    for _ in range(3):  # what else runs on the machine can only add
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        cost = json.loads(done.stdout)
-        shares.append(cost["nf4.linear, M = 1"] / cost[host_cost.LINEAR] - 1)
-    # Some 10 us beyond F.linear, where that takes 3; a quarter more for what machines differ by
-    assert min(shares) <= 1.25 * 10 / 3, shares
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found[host_cost.LINEAR] == found["torch.empty"] == 1
+    assert {name: found[name] for name, most in BUDGETS.items() if found[name] > most} == {}
 
 
 def test_host_cost_measures_each_call_and_puts_the_operators_back() -> None:
