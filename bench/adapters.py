@@ -53,12 +53,3 @@ def make(
                     dropout = (p, seed if p else None)
                     adapter = (random(r, k), random(n, r))
                     yield case(Pass(x, dy, t, *adapter, dropout, weight.name), sizes)
-
-
-def check(ours: Tensor, reference: Tensor, what: str) -> None:
-    """Raise unless a result is the reference's up to the order of its sums."""
-    error = cases.relative_error(ours, reference.double())
-    # A rounding to 16 bits that falls the other way, here and there: far below 2**-9 in the mean
-    if not error <= 2**-9:
-        message = f"expected the reference's result, got {error:.3g} off; not timed"
-        raise cases.MismatchError(f"{what}: {message}")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from nf4 import exact
 from nf4.bench import adapters, cases
-from nf4.reference.lora_down import lora_down as reference
 
 TITLE = "lora_down"
 DEFAULTS, ON_GPU = adapters.DEFAULTS, adapters.ON_GPU
@@ -25,7 +25,7 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     device = p.x.device
     run = cases.kernel("lora_down", device)
     args = (p.x, p.lora_A, *p.dropout)
-    adapters.check(run(*args), reference(*args), "lora_down")
+    cases.check_right(run(*args), exact.lora_down(*args), "lora_down")
     (m, k), r = p.x.shape, p.lora_A.shape[0]
     moved = p.x.nbytes + p.lora_A.nbytes + p.t.nbytes
 

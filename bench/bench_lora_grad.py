@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from nf4 import exact
 from nf4.bench import adapters, cases
-from nf4.reference.lora_grad import lora_grad as reference
 
 TITLE = "lora_grad"
 DEFAULTS, ON_GPU = adapters.DEFAULTS, adapters.ON_GPU
@@ -28,9 +28,9 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     dropped = p.dropout[1] is not None
     z, w = (p.x, None) if dropped else (p.dy, p.lora_B)
     args = (z, p.t, w, 2.0, False, *p.dropout)
-    for ours, expected in zip(run(*args), reference(*args), strict=True):
-        if expected is not None:
-            adapters.check(ours, expected, "lora_grad")
+    for ours, right in zip(run(*args), exact.lora_grad(*args), strict=True):
+        if right is not None:
+            cases.check_right(ours, right, "lora_grad")
     (m, columns), r = z.shape, p.t.shape[1]
     products = 1 if dropped else 2
     moved = z.nbytes + products * (p.t.nbytes + 4 * columns * r)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from nf4 import exact
 from nf4.bench import adapters, cases
-from nf4.reference.lora_up import lora_up as reference
 
 TITLE = "lora_up"
 DEFAULTS, ON_GPU = adapters.DEFAULTS, adapters.ON_GPU
@@ -25,7 +25,7 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     device = p.dy.device
     run = cases.kernel("lora_up", device)
     args = (p.t, p.lora_B.T, 2.0, None, *p.dropout)
-    adapters.check(run(*args), reference(*args), "lora_up")
+    cases.check_right(run(*args), exact.lora_up(*args), "lora_up")
     (m, n), r = p.dy.shape, p.t.shape[1]
     moved = p.dy.nbytes + p.lora_B.nbytes + p.t.nbytes
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import nf4
+from nf4 import exact
 from nf4.bench import cases, peers
 from nf4.cost import weight_bytes
 
@@ -42,9 +43,9 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
             both = {"nf4": layer, **peers.qlora_layers(w, q, a, b, SCALING)}
             for m in weight.rows:
                 x = options.random(m, k, dtype=weight.dtype)
-                exact = check(layer, q, a, b, x)
+                right = check(layer, q, a, b, x)
                 sizes = {**weight.labels, "r": str(r), "M": str(m)}
-                yield forward({**sizes, "pass": "forward"}, both, x, weight, r, exact)
+                yield forward({**sizes, "pass": "forward"}, both, x, weight, r, right)
                 yield training({**sizes, "pass": "step"}, both, x, weight, r)
 
 
@@ -60,18 +61,14 @@ def ours(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> nf4.QLoRALinear:
 
 
 def check(layer: nn.Module, q: nf4.NF4Tensor, a, b, x: torch.Tensor) -> torch.Tensor:
-    """Hold our forward to the error of the unfused path, on the first rows; return those exact."""
-    x = x[:CHECKED]
-    exact = x.double() @ nf4.dequantize(q, torch.float64).T
-    exact += SCALING * (x.double() @ a.to(x.dtype).double().T) @ b.to(x.dtype).double().T
-    dense = nf4.dequantize(q, x.dtype)
-    peer = peers.Adapted(lambda x: x @ dense.T, a, b, SCALING)
+    """Check our forward on the first rows; return those exact."""
+    right = exact.LoraLinear(x[:CHECKED], q, a, b, SCALING).y
     with torch.no_grad():
-        cases.check_close(layer(x), exact, peer(x), "lora_linear")
-    return exact
+        cases.check_right(layer(x[:CHECKED]), right, "lora_linear")
+    return right.value
 
 
-def forward(labels, layers, x: torch.Tensor, weight: cases.Weight, r: int, exact) -> cases.Case:
+def forward(labels, layers, x: torch.Tensor, weight: cases.Weight, r: int, right) -> cases.Case:
     """Return the forward without gradients."""
 
     def run(layer: nn.Module) -> torch.Tensor:
@@ -82,7 +79,7 @@ def forward(labels, layers, x: torch.Tensor, weight: cases.Weight, r: int, exact
     functions = {name: lambda layer=layer: run(layer) for name, layer in layers.items()}
     moved = weight_bytes(n, k) + x.itemsize * (m + r) * (k + n)
     flops = 2.0 * m * (n * k + r * (n + k))
-    return cases.Case(labels, functions, moved, flops, weight.name, exact)
+    return cases.Case(labels, functions, moved, flops, weight.name, right)
 
 
 def training(labels, layers, x: torch.Tensor, weight: cases.Weight, r: int) -> cases.Case:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nf4.bench.measure import Function
+from nf4.roundoff import Exact
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # unless another is asked for
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -100,11 +101,12 @@ def check_equal(ours: Tensor, reference: Tensor, what: str) -> None:
         raise MismatchError(f"{what}: expected the reference's result, got another; not timed")
 
 
-def check_close(ours: Tensor, exact: Tensor, peer: Tensor, what: str) -> None:
-    """Raise if a result is further from the exact one than 1.1 times a peer's in 16 bits."""
-    error, allowed = (relative_error(y, exact) for y in (ours, peer))
-    if not error <= 1.1 * allowed:
-        message = f"a relative error of at most {1.1 * allowed:.3g}, got {error:.3g}; not timed"
+def check_right(found: Tensor, exact: Exact, what: str) -> None:
+    """Raise if a result is further from the exact one than its roundings can take it."""
+    share = exact.share(found)
+    if not share <= 1:
+        limit = exact.relative_limit
+        message = f"a relative error of at most {limit:.3g}, got {share * limit:.3g}; not timed"
         raise MismatchError(f"{what}: expected {message}")
 
 

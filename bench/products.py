@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 import nf4
+from nf4 import exact
 from nf4.bench import cases, peers
 from nf4.bench.measure import Function
 from nf4.cost import weight_bytes
@@ -28,22 +28,19 @@ def make(options: cases.Options, op: str) -> Iterator[cases.Case]:
         q = nf4.quantize(w)
         ours = nf4.to_fragments(q) if w.is_cuda and fits_fragments(q.shape, q.block_size) else q
         others = peers.layers(w, q)
-        dense = nf4.dequantize(q, dtype)
-        wide = nf4.dequantize(q, torch.float64)
         for m in weight.rows:
             x = options.random(m, k, dtype=dtype)
-            exact = x[:CHECKED].double() @ wide.T
+            right = exact.linear(x[:CHECKED], q)
             functions: dict[str, Function] = {"nf4": lambda x=x, ours=ours: nf4.linear(x, ours)}
             functions |= kernel_alone(op, x, ours)
             for name, function in functions.items():
-                found = function()[:CHECKED]
-                cases.check_close(found, exact, x[:CHECKED] @ dense.T, f"linear, {name}")
+                cases.check_right(function()[:CHECKED], right, f"linear, {name}")
             functions |= {name: lambda f=f, x=x: f(x) for name, f in others.items()}
             moved = weight_bytes(n, k) + x.itemsize * m * (n + k)
             chosen = nf4.explain(x.shape, ours, dtype).kernel.rpartition(".")[2]
             labels = {**weight.labels, "M": str(m), "ours": chosen}
             flops = 2.0 * m * n * k
-            yield cases.Case(labels, functions, moved, flops, weight.name, exact)
+            yield cases.Case(labels, functions, moved, flops, weight.name, right.value)
 
 
 def kernel_alone(op: str, x: Tensor, q: nf4.NF4Tensor) -> dict[str, Callable[[], Tensor]]:

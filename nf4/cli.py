@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "gradients with float64. Exit status 1 if anything differs.",
     )
     check.add_argument("--device", help="cuda, cuda:1, cpu, … (default: a GPU if there is one)")
+    check.add_argument("--seed", type=int, default=0, help="seed of the values (default: 0)")
     check.add_argument("--json", action="store_true", help="print every comparison as JSON")
     check.set_defaults(run=_verify)
     return parser
@@ -261,7 +262,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with progress_bar(f"Verify on {device}", 4) as bar:
-        rows = verify(device, lambda *_: bar.step())
+        rows = verify(device, lambda *_: bar.step(), options.seed)
     wrong = [row for row in rows if not row.ok]
     if options.json:
         sys.stdout.write(json.dumps([{**asdict(row), "ok": row.ok} for row in rows]) + "\n")

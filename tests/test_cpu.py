@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("numba", reason="nf4.cpu needs numba")
 
 import nf4
-from nf4 import reference, registry
+from nf4 import exact, reference, registry
 from nf4.codebook import BLOCK_SIZES
 from nf4.cpu import _threads
 from nf4.cpu import across as cpu_across
@@ -24,8 +24,6 @@ from nf4.cpu import quantize as cpu_quantize
 from nf4.cpu import quantize_absmax as cpu_quantize_absmax
 from nf4.reference import dequantize as reference_dequantize
 from nf4.reference import dropout_mask as reference_dropout_mask
-from nf4.reference import linear as reference_linear
-from nf4.reference import lora_linear as reference_lora_linear
 from nf4.reference import quantize as reference_quantize
 from nf4.reference import quantize_absmax as reference_quantize_absmax
 
@@ -228,11 +226,7 @@ def test_cpu_across_sums_outer_products_in_fp32(m, n, r, monkeypatch) -> None:
     monkeypatch.setattr(cpu_across, "GRAIN", 1)
     a, b = torch.randn(m, r).bfloat16(), torch.randn(m, n).bfloat16()
     assert cpu_across.fits(a, b) and not cpu_across.fits(a, b[:, 1:])
-    ours, exact = cpu_across.across(a, b), a.double().T @ b.double()
-    assert ours.shape == (r, n) and ours.dtype == torch.float32
-    # Sums of m products, exact in fp32, each rounded to 2**-24 of what is summed so far
-    bound = m * 2**-24 * (a.double().abs().T @ b.double().abs())
-    assert ((ours - exact).abs() <= bound).all()
+    check(cpu_across.across(a, b), exact.product(a.T, b, *[torch.float32] * 2), torch.float32)
 
 
 @pytest.fixture(params=["bf16", "fp32"])
@@ -255,61 +249,37 @@ def case(request, monkeypatch):
     return torch.randn(m, k), torch.randn(m, n), q, torch.randn(n)
 
 
-def check_close(ours, expected, exact, update=0.0) -> None:
-    """Allow what another order of the sum costs, over the reference's own error against float64.
-
-    Both round the same factors and, once, the sum; fp32 sums of at most 128 products in another
-    order differ by less than 2^-18 of the result's norm here. With few rows the weight is not
-    rounded to 16 bits before: fewer roundings, but other ones, and where the last is most of the
-    error its luck may be a tenth worse. Where the CPU multiplies bf16, bias and the adapter's
-    update, of the norm given, are rounded before they are added: by half a step, 2^-8, at most,
-    independent of the rest.
-    """
-    assert ours.dtype == expected.dtype and ours.shape == expected.shape
-    errors = [(t.double() - exact).norm() for t in (ours, expected)]
-    luck = 1.1 if ours.dtype in (torch.bfloat16, torch.float16) and len(ours) <= 16 else 1.0
-    errors[1] = (errors[1] ** 2 + (update * 2**-8) ** 2) ** 0.5
-    assert errors[0] <= luck * errors[1] + 2**-18 * exact.norm()
+def check(found: torch.Tensor, right: exact.Exact, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype and found.shape == right.value.shape
+    # In float64 what is taken for exact is a sum of as many roundings itself
+    assert right.share(found) <= (2 if dtype == torch.float64 else 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_linear_equals_reference(case, dtype, units) -> None:
+def test_cpu_linear_and_its_gradient_are_right(case, dtype, units) -> None:
     x, dy, q, bias = case
-    n, k = q.shape
-    for method, inputs in (
-        ("linear", (x.to(dtype), *parts(q), bias, n, q.block_size)),
-        ("linear_backward", (dy.to(dtype), *parts(q), k, q.block_size)),
-    ):
-        ours, expected = (getattr(m, method)(*inputs) for m in (cpu_linear, reference_linear))
-        exact = getattr(reference_linear, method)(inputs[0].double(), *inputs[1:])
-        rounded = bias if method == "linear" and dtype == torch.bfloat16 else torch.zeros(1)
-        check_close(ours, expected, exact, rounded.expand(len(x), -1).norm())
+    (n, k), none = q.shape, (torch.empty(0, q.shape[1]), torch.empty(q.shape[0], 0))
+    x, dy = x.to(dtype), dy.to(dtype)
+    right = exact.LoraLinear(x, q, *none, 1.0, bias, dy)
+    check(cpu_linear.linear(x, *parts(q), bias, n, q.block_size), right.y, dtype)
+    check(cpu_linear.linear_backward(dy, *parts(q), k, q.block_size), right.dx, dtype)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cpu_lora_linear_equals_reference(case, dtype, dropout_p, units) -> None:
+def test_cpu_lora_linear_and_its_gradients_are_right(case, dtype, dropout_p, units) -> None:
     x, dy, q, bias = case
-    n, k = q.shape
+    x, dy, a, b = x.to(dtype), dy.to(dtype), torch.randn(4, q.shape[1]), torch.randn(q.shape[0], 4)
     seed = torch.tensor(7) if dropout_p else None
-    lora = (torch.randn(4, k), torch.randn(n, 4), 0.5, dropout_p, seed)
-    results = []
-    for module, dt in (
-        (cpu_lora_linear, dtype),
-        (reference_lora_linear, dtype),
-        (reference_lora_linear, torch.float64),
-    ):
-        y, t = module.lora_linear(x.to(dtype).to(dt), *parts(q), bias, *lora, True, q.block_size)
-        rows = (dy.to(dtype).to(dt), x.to(dtype).to(dt), t)
-        grads = module.lora_linear_backward(*rows, *parts(q), *lora, q.block_size, [True] * 4)
-        results.append((y, t, *grads))
-    wide = x.to(dtype).double(), dy.to(dtype).double()
-    y0 = reference_linear.linear(wide[0], *parts(q), None, n, q.block_size)
-    dx0 = reference_linear.linear_backward(wide[1], *parts(q), k, q.block_size)
-    bf16 = dtype == torch.bfloat16 and cpu_linear.multiplies_bf16()
-    for i, (ours, expected, exact) in enumerate(zip(*results, strict=True)):
-        without = {0: y0, 2: dx0}.get(i, exact)
-        check_close(ours, expected, exact, (exact - without).norm() if bf16 else 0.0)
+    low, block_size = (a, b, 0.5, dropout_p, seed), q.block_size
+    y, t = cpu_lora_linear.lora_linear(x, *parts(q), bias, *low, True, block_size)
+    grads = cpu_lora_linear.lora_linear_backward(dy, x, t, *parts(q), *low, block_size, [True] * 4)
+    keep = reference_dropout_mask.dropout_mask(seed, x.shape, dropout_p) if dropout_p else None
+    right = exact.LoraLinear(x, q, a, b, 0.5, bias, dy, keep, dropout_p)
+    check(y, right.y, dtype)
+    check(t, exact.lora_down(x, a, dropout_p, seed), dtype)
+    for name, found in zip(("dx", "dbias", "dA", "dB"), grads, strict=True):
+        check(found, getattr(right, name), dtype if name == "dx" else torch.float32)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -320,13 +290,8 @@ def test_cpu_few_rows_are_as_exact_as_a_dense_product(
 ) -> None:
     q = nf4.quantize(torch.randn(n, k) / k**0.5, block_size, double_quant)
     x = torch.randn(m, k).to(dtype)
-    exact = x.double() @ nf4.dequantize(q, torch.float64).T
     for held in (q, nf4.to_fragments(q)) if n % 16 == 0 and k % 64 == 0 else (q,):
-        y = nf4.linear(x, held)
-        assert y.dtype == dtype
-        error = (y.double() - exact).norm() / exact.norm()
-        # One rounding to the dtype of x, of at most half a step, and sums of k products in fp32
-        assert error <= torch.finfo(dtype).eps / 2 + k**0.5 * 2**-24
+        check(nf4.linear(x, held), exact.linear(x, q), dtype)
 
 
 def test_cpu_few_rows_never_write_the_weight(monkeypatch) -> None:
@@ -383,6 +348,7 @@ OTHER_CPUS = {
 }
 OTHER_CPU = """
 import torch, nf4
+from nf4 import exact
 from nf4.cpu import dequantize, few_rows, quantize
 from nf4.reference import dequantize as reference_dequantize, quantize as reference_quantize
 torch.manual_seed(0)
@@ -396,9 +362,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     dense = dequantize.dequantize(*args)
     assert torch.equal(dense, reference_dequantize.dequantize(*args))
     x = torch.randn(7, 4096)
-    exact = x.double() @ reference_dequantize.dequantize(*args[:6], torch.float64).T
     y = few_rows.product(x, packed, absmax, None, None, None, 9, 64)
-    assert (y - exact).norm() <= 4096**0.5 * 2**-24 * exact.norm()
+    q = nf4.NF4Tensor(packed.view(9, 2048), absmax, w.shape, dtype)
+    assert exact.linear(x, q).share(y) <= 1
 compiled = list(dequantize._loop.inspect_asm().values())
 assert compiled and not any("zmm" in asm for asm in compiled)
 """

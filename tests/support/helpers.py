@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import nf4
+from nf4 import exact
 
 
 def lazy_zeros(n: int, dtype: torch.dtype) -> Tensor:
@@ -29,8 +30,7 @@ def on_gpus(cases: dict) -> list[tuple]:
 class Product:
     """A product of x by a weight in fragments, with an adapter, and what it should be.
 
-    y = factor * (x @ W.T + scaling * t @ lora_B.T + bias); `exact` in float64 from the operands as
-    they are, with W unrounded, `unfused` by PyTorch in the dtype of x, term by term.
+    y = factor * (x @ W.T + scaling * t @ lora_B.T + bias)
     """
 
     x: Tensor
@@ -55,22 +55,12 @@ class Product:
         rest = (self.bias, self.t, self.lora_B, self.scaling, f.shape[0], f.block_size)
         return (self.x, *weight, *rest, self.factor)
 
-    def exact(self) -> Tensor:
-        """Return the product in float64."""
-        y = self.x.double() @ nf4.dequantize(self.q, torch.float64).T
+    def exact(self) -> exact.Exact:
+        """Return the product in float64, and how far off others may be."""
+        low = None
         if self.t is not None:
-            b = self.lora_B.to(self.x.dtype).double()
-            y += self.scaling * self.t.double() @ b.T
-        y = y if self.bias is None else y + self.bias.double()
-        return y if self.factor is None else y * self.factor.double()
-
-    def unfused(self) -> Tensor:
-        """Return the product as PEFT would compute it."""
-        y = self.x @ nf4.dequantize(self.q, self.x.dtype).T
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
-        if self.t is not None:
-            y = y + (self.t @ self.lora_B.to(y.dtype).T) * self.scaling
-        return y if self.factor is None else (y * self.factor).to(y.dtype)
+            low = (self.scaling * self.t.double(), self.lora_B.to(self.x.dtype).T)
+        return exact.linear(self.x, self.q, self.bias, self.factor, low)
 
 
 def make_product(
