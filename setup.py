@@ -13,6 +13,8 @@ setup(
         "nf4.demo",
         "nf4.report",
         "nf4.integrations",
+        "nf4.integrations.peft",
+        "nf4.integrations.transformers",
         "nf4.kernels",
         "nf4.bench",
     ],

@@ -269,7 +269,7 @@ def check_layer(name: str, layer: nn.Module) -> None:
 
 def check_no_peft(model: nn.Module) -> None:
     """Raise ValueError if a model has PEFT's adapters, which are PEFT's to save and merge."""
-    kinds = ("peft.", "nf4.integrations._peft")
+    kinds = ("peft.", "nf4.integrations.peft")
     wrapped = [m for m in model.modules() if type(m).__module__.startswith(kinds)]
     if wrapped:
         raise ValueError(

@@ -102,7 +102,7 @@ def _by_class(
         return None
     if importlib.util.find_spec("transformers") is None:
         return None
-    from nf4.integrations._dense_layers import find
+    from nf4.integrations.transformers.dense_layers import find
 
     found = find(config.parent, [tensor.name for tensor in tensors], skip)
     if found is None:

@@ -22,7 +22,7 @@ from nf4.functional import quantize
 from nf4.tensor import PARTS
 
 if TYPE_CHECKING:
-    from nf4.integrations._dense_layers import Plan
+    from nf4.integrations.transformers.dense_layers import Plan
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pt", ".pth", ".onnx", ".ckpt")
@@ -121,7 +121,7 @@ def quantize_checkpoint(
 
 def _planner() -> "Callable[..., Plan]":
     try:
-        from nf4.integrations._dense_layers import make_plan
+        from nf4.integrations.transformers.dense_layers import make_plan
     except ImportError as error:
         raise ImportError(
             f"expected transformers to know the model's layers, {error}: pip install 'nf4[hf]'"

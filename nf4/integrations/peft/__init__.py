@@ -11,25 +11,17 @@ Sources: LoRA (https://arxiv.org/abs/2106.09685), rsLoRA (https://arxiv.org/abs/
 DoRA (https://arxiv.org/abs/2402.09353), (IA)³ (https://arxiv.org/abs/2205.05638).
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
-import peft.tuners.lora.model as peft_lora
 import peft.tuners.tuners_utils as peft_utils
-from peft import IA3Config, LoraConfig, PeftModel, TaskType
-from peft.tuners.ia3.model import IA3Model
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import ModulesToSaveWrapper
+from peft import PeftModel
 from torch import Tensor, nn
 
-from nf4.adapted import AdaptedLayer
 from nf4.initialize import check_rank, dense_source
-from nf4.integrations._peft_ia3 import NF4IA3Linear
-from nf4.integrations._peft_lora import NF4LoraLinear
-from nf4.linear import LinearNF4
+from nf4.integrations.peft.ia3 import NF4IA3Linear
+from nf4.integrations.peft.install import install
+from nf4.integrations.peft.lora import NF4LoraLinear
 from nf4.merging import MergeError, requantized
-from nf4.quantized_module import QuantizedModule
 
 __all__ = [
     "NF4IA3Linear",
@@ -118,78 +110,4 @@ def merge_and_requantize(
     return unloaded
 
 
-def _on_nf4(target: nn.Module) -> bool:
-    if isinstance(target, peft_utils.BaseTunerLayer):
-        target = target.get_base_layer()
-    if isinstance(target, AdaptedLayer):
-        raise ValueError(
-            f"expected a LinearNF4 without adapter, got a {type(target).__name__}: add adapters "
-            "with nf4.add_lora or with PEFT, not with both"
-        )
-    return isinstance(target, LinearNF4)
-
-
-def _heads(model: Any, config: Any) -> list[Any]:
-    """Return what PEFT leaves out of "all-linear": the output layer, or a classifier."""
-    get = getattr(model, "get_output_embeddings", None)
-    heads = [None if get is None else get()]
-    if config.task_type == TaskType.SEQ_CLS:
-        heads += [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
-    return [head for head in heads if head is not None]
-
-
-def _install() -> None:
-    """Let PEFT find quantized layers, and put `NF4LoraLinear` on them."""
-    default, all_linear = peft_lora.dispatch_default, peft_utils._maybe_include_all_linear_layers
-    if hasattr(default, "knows_nf4"):
-        return
-
-    @functools.wraps(default)
-    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> Any:
-        if _on_nf4(target):
-            return NF4LoraLinear(target, adapter_name, config=config, **options)
-        return default(target, adapter_name, config=config, **options)
-
-    @functools.wraps(all_linear)
-    def include(peft_config: Any, model: nn.Module) -> Any:
-        asked = getattr(peft_config, "target_modules", None)
-        found = all_linear(peft_config, model)
-        if isinstance(asked, str) and asked.lower() == "all-linear":
-            heads = {id(head) for head in _heads(model, peft_config)}
-            modules = model.named_modules()
-            names = {n for n, m in modules if isinstance(m, LinearNF4) and id(m) not in heads}
-            others: Iterable[str] = found.target_modules
-            found.target_modules = names | ({others} if isinstance(others, str) else set(others))
-        return found
-
-    create_ia3 = IA3Model._create_new_module
-
-    def create(config: IA3Config, adapter_name: str, target: nn.Module, **options: Any) -> Any:
-        if _on_nf4(target):
-            return NF4IA3Linear(target, adapter_name, config, **options)
-        return create_ia3(config, adapter_name, target, **options)
-
-    def replace(self: Any, parent: nn.Module, name: str, new: nn.Module, old: nn.Module) -> None:
-        if isinstance(old, NF4IA3Linear) and not hasattr(new, "base_layer"):
-            setattr(parent, name, new)  # PEFT would give it the weight of the quantized layer
-        else:
-            replace_ia3(self, parent, name, new, old)
-
-    def update(self: Any, adapter_name: str, **options: Any) -> None:
-        if isinstance(self.original_module, QuantizedModule):
-            raise ValueError(
-                "modules_to_save: expected modules that can be trained, got a "
-                f"{type(self.original_module).__name__}; leave it dense by skip_modules"
-            )
-        update_saved(self, adapter_name, **options)
-
-    update_saved, ModulesToSaveWrapper.update = ModulesToSaveWrapper.update, update
-    replace_ia3 = IA3Model._replace_module
-    IA3Model._create_new_module = staticmethod(create)
-    IA3Model._replace_module = replace
-    dispatch.knows_nf4 = True  # type: ignore[attr-defined]
-    peft_lora.dispatch_default = dispatch
-    peft_utils._maybe_include_all_linear_layers = include
-
-
-_install()
+install()

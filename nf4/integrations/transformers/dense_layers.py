@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 
 from nf4.convert import dense_layers
 from nf4.experts import is_experts
-from nf4.integrations._stored import model_names
+from nf4.integrations.transformers.stored import model_names
 from nf4.linear import is_conv1d
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nf4.adapter import Base, Term, compute, fold
 from nf4.factors import InputFactor, OutputFactor
-from nf4.integrations._peft_merged import MergedBesideBase
+from nf4.integrations.peft.merged import MergedBesideBase
 
 
 class NF4IA3Linear(MergedBesideBase, nn.Module, IA3Layer):  # type: ignore[misc]

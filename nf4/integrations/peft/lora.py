@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nf4.adapter import Base, compute, compute_mixed, fold
 from nf4.initialize import initialize
-from nf4.integrations._peft_merged import MergedBesideBase
+from nf4.integrations.peft.merged import MergedBesideBase
 from nf4.lora import LowRank, weight_norm
 from nf4.merging import MergeError, merge_error
 

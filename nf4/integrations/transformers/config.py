@@ -1,0 +1,103 @@
+"""How transformers' models are quantized, in words that ``config.json`` holds."""
+
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
+
+from nf4.checks import check_block_size, check_scale
+from nf4.convert import check_skip_modules
+
+METHOD = "nf4"
+_OPTIONS_OF_OTHERS = ("bnb_", "load_in_", "llm_int8_")
+
+
+@register_quantization_config(METHOD)
+class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """How `from_pretrained` quantizes a model.
+
+    Args:
+        block_size: elements that share one scale, a power of two from 32 to 4096.
+        double_quant: quantize the scales to 8 bits too.
+        skip_modules: modules to leave dense, as in `nf4.quantize_model`. By default what
+            transformers leaves alone: the output layer, and what is tied to the embeddings.
+        stored_as: what wrote the weights, of a checkpoint that is quantized: "nf4" or
+            "bitsandbytes".
+        quantize_embeddings: quantize the embeddings of tokens too, and with them an output layer
+            that is tied to them.
+        codebook: "nf4", the only one; a checkpoint says so.
+        scale: how scales are found, see `nf4.quantize`.
+        **ignored: what newer versions add.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: block_size is not supported, or stored_as, codebook or scale another word.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 64,
+        double_quant: bool = True,
+        skip_modules: list[str] | str | None = None,
+        stored_as: str = METHOD,
+        quantize_embeddings: bool = False,
+        codebook: str = "nf4",
+        scale: str = "absmax",
+        **ignored: Any,
+    ) -> None:
+        for name, value in (
+            ("double_quant", double_quant),
+            ("quantize_embeddings", quantize_embeddings),
+        ):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        if stored_as not in (METHOD, "bitsandbytes"):
+            raise ValueError(f"stored_as: expected 'nf4' or 'bitsandbytes', got {stored_as!r}")
+        if codebook != "nf4":
+            raise ValueError(f"codebook: expected 'nf4', got {codebook!r}")
+        if skip_modules is not None:
+            found = check_skip_modules(skip_modules)
+            skip_modules = found if isinstance(found, str) else list(found)
+        other = [name for name in ignored if name.startswith(_OPTIONS_OF_OTHERS)]
+        if other:
+            raise ValueError(
+                f"{other[0]}: expected options of nf4, got one of bitsandbytes; see "
+                "NF4Config.from_bitsandbytes"
+            )
+        self.quant_method = METHOD
+        self.block_size = check_block_size(block_size)
+        self.double_quant = double_quant
+        self.skip_modules = skip_modules
+        self.stored_as = stored_as
+        self.quantize_embeddings = quantize_embeddings
+        self.codebook, self.scale = codebook, check_scale(scale)
+
+    @classmethod
+    def from_bitsandbytes(cls, config: BitsAndBytesConfig | dict[str, Any]) -> "NF4Config":
+        """Return the config that opens a checkpoint of bitsandbytes as nf4's.
+
+        Args:
+            config: that of the checkpoint: ``AutoConfig.from_pretrained(path)`` has it as
+                ``quantization_config``; put the result's ``to_dict()`` in its place and pass the
+                whole as ``config`` to ``from_pretrained``.
+
+        Raises:
+            TypeError: config is none of bitsandbytes.
+            ValueError: the checkpoint is not NF4.
+        """
+        if isinstance(config, dict):
+            if not config.get("load_in_4bit"):
+                raise ValueError(f"config: expected one with load_in_4bit, got {config}")
+            config = BitsAndBytesConfig.from_dict(config)
+        if not isinstance(config, BitsAndBytesConfig):
+            raise TypeError(f"config: expected a BitsAndBytesConfig, got {type(config).__name__}")
+        if not config.load_in_4bit or config.bnb_4bit_quant_type != "nf4":
+            raise ValueError(
+                "config: expected load_in_4bit with bnb_4bit_quant_type 'nf4', got "
+                f"{config.bnb_4bit_quant_type!r} with load_in_4bit={config.load_in_4bit}"
+            )
+        return cls(
+            double_quant=config.bnb_4bit_use_double_quant,
+            skip_modules=config.llm_int8_skip_modules,
+            stored_as="bitsandbytes",
+        )

@@ -1,0 +1,249 @@
+"""What transformers calls while it loads, saves and dequantizes a model."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from nf4.convert import (
+    dense_layers,
+    dense_weights,
+    quantized_layer,
+    quantized_layers,
+    replace_layers,
+    tie_parts,
+    token_embeddings,
+)
+from nf4.experts import PARTS as EXPERT_PARTS
+from nf4.experts import ExpertsNF4, is_experts
+from nf4.functional import quantize
+from nf4.integrations.transformers.config import METHOD, NF4Config
+from nf4.integrations.transformers.operations import BITSANDBYTES, FromBitsandbytes, Quantize
+from nf4.integrations.transformers.stored import (
+    Stored,
+    check_stored,
+    is_part,
+    names_in_model,
+    stored_tensors,
+)
+from nf4.linear import LinearNF4
+from nf4.merging import merge
+from nf4.quantized_module import QuantizedModule
+from nf4.tensor import PARTS, NF4Tensor
+
+# transformers asks this of a weight before it draws one; some models name a layer's from outside
+NF4Tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+@register_quantizer(METHOD)
+class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
+    """What transformers calls while it loads a model; users have no need of it."""
+
+    requires_calibration = False
+    quantization_config: NF4Config
+
+    def __init__(self, quantization_config: NF4Config, **options: Any) -> None:
+        # A copy, for what is found out of one model is not said of another
+        super().__init__(copy.copy(quantization_config), **options)
+        self.weights: frozenset[str] = frozenset()  # names, of those to be quantized
+        self.errors: list[str] = []
+        self.stored: dict[str, Stored] = {}  # what the checkpoint's files hold, by name
+        self.tied: dict[str, str] = {}  # layers that share their weight with embeddings, by name
+        self.waiting: dict[str, dict[str, list[NF4Tensor]]] = {}  # experts of which half is there
+
+    def refuse(self, name: str, error: Exception) -> None:
+        """Keep an error, with the tensor's name and file, until all is loaded."""
+        message = str(error)
+        message = message if name in message else f"{name}: {message}"
+        if name in self.stored:
+            message = f"{self.stored[name].file}: {message}"
+        self.errors.append(message)
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse to leave quantized layers on the disk."""
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                f"device_map: expected devices for the 4-bit weights, got 'disk' in {device_map}"
+            )
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Return the bytes an element will take."""
+        if param_name not in self.weights:
+            return float(param.element_size())
+        config = self.quantization_config
+        return 0.5 + (1 + 4 / 256 if config.double_quant else 4) / config.block_size
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Return whether a parameter is a dense weight that is to be quantized."""
+        return not self.pre_quantized and param_name in self.weights
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return what quantizes a weight."""
+        return Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Return what reads the tensors of bitsandbytes."""
+        if not self._reads_bitsandbytes:
+            return []
+        return [WeightConverter(BITSANDBYTES, "weight", [FromBitsandbytes(self)])]
+
+    @property
+    def _reads_bitsandbytes(self) -> bool:
+        return self.pre_quantized and self.quantization_config.stored_as == "bitsandbytes"
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        self.stored = stored_tensors(checkpoint_files)
+        if config.skip_modules is None:
+            config.skip_modules = self._default_skip(model)
+        if config.quantize_embeddings:
+            self._tie(model)
+        if self.pre_quantized and not self._reads_bitsandbytes and self.stored:
+            self._make_stored(model)
+            return
+        layers = dense_layers(model, config.skip_modules, config.quantize_embeddings)
+        if not layers:
+            raise ValueError(
+                f"skip_modules: expected to leave a linear layer to quantize, "
+                f"{config.skip_modules} leaves none in {type(model).__name__}"
+            )
+        self.weights = frozenset(
+            f"{name}.{part}" for name, layer in layers.items() for part, _ in dense_weights(layer)
+        )
+        if self.pre_quantized and not self._reads_bitsandbytes:
+            self._make_empty(model, layers)
+
+    def _make_stored(self, model: Any) -> None:
+        """Quantize, without values, the layers of which the files hold 4-bit weights.
+
+        The files decide, not skip_modules, which was that of the model that was saved: another head
+        may be on it now, which is dense and new.
+        """
+        self.stored = names_in_model(self.stored, model)
+        layers = dense_layers(model, (), self.quantization_config.quantize_embeddings)
+        stored = {name.rpartition(".")[0] for name in self.stored if is_part(name)}
+        inside = {name.rpartition(".")[0].rpartition(".")[0] for name in stored}
+        layers = {
+            name: layer
+            for name, layer in layers.items()
+            if self.tied.get(name, name) in stored or (is_experts(layer) and name in inside)
+        }
+        self.tied = {name: source for name, source in self.tied.items() if name in layers}
+        self._make_empty(model, layers)
+        check_stored(self.stored, model, model.all_tied_weights_keys)
+
+    def _make_empty(self, model: Any, layers: dict[str, nn.Module]) -> None:
+        """Replace layers by quantized ones on meta, whose values are to be loaded."""
+        config = self.quantization_config
+
+        def empty(weight: Tensor) -> NF4Tensor:
+            return quantize(weight, config.block_size, config.double_quant)
+
+        def convert(old: nn.Module) -> nn.Module:
+            if is_experts(old):
+                return ExpertsNF4(old, lambda weight: LinearNF4.from_weight(empty(weight)))
+            ((_, weight),) = dense_weights(old)
+            return quantized_layer(old, empty(weight))
+
+        replace_layers(model, layers, convert)
+        tie_parts(model, self.tied)
+
+    def _default_skip(self, model: Any) -> list[str]:
+        """Return what transformers leaves dense, but for what is tied to embeddings in 4 bits."""
+        fp32 = getattr(model, "_keep_in_fp32_modules", None)
+        found = self.get_modules_to_not_convert(model, None, fp32)
+        skip = {name.removesuffix(".bias") for name in found}
+        if self.quantization_config.quantize_embeddings:
+            tied = [name for pair in self._ties(model) for name in pair]
+            skip = {name for name in skip if not any(t.startswith(f"{name}.") for t in tied)}
+        return sorted(skip)
+
+    @staticmethod
+    def _ties(model: Any) -> list[tuple[str, str]]:
+        """Return which weights, by name, are tied to those of embeddings of tokens."""
+        embeddings = token_embeddings(model)
+        return [
+            (target, source)
+            for target, source in model.all_tied_weights_keys.items()
+            if id(model.get_submodule(source.rpartition(".")[0])) in embeddings
+        ]
+
+    def _tie(self, model: Any) -> None:
+        """Tie weights to those of the embeddings now; transformers does when all is loaded."""
+        for target, source in self._ties(model):
+            module, _, name = target.rpartition(".")
+            setattr(model.get_submodule(module), name, model.get_parameter(source))
+            self.tied[module] = source.rpartition(".")[0]
+            del model.all_tied_weights_keys[target]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.errors:
+            raise ValueError("; ".join(self.errors))
+        layers = quantized_layers(model).values()
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedModule):
+                self._check_scales(name, module)
+                for parameter in module.weight.tensors():
+                    parameter.requires_grad_(False)
+                module._choose_layout()
+        tie_parts(model, self.tied)
+        # What was done to the tensors of a checkpoint is undone when it is saved; not so where they
+        # are quantized now
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not self._is_ours(c)]
+        if self._reads_bitsandbytes:
+            self._describe(layers)
+        return model
+
+    def _check_scales(self, name: str, module: QuantizedModule) -> None:
+        """Raise ValueError if a scale that was read is not finite; codes cannot be wrong."""
+        for part, tensor in zip(PARTS, module.weight.parts(), strict=True):
+            if tensor is None or not tensor.is_floating_point() or tensor.isfinite().all():
+                continue
+            key = f"{name}.{part}"
+            where = f"{self.stored[key].file}: " if key in self.stored else ""
+            raise ValueError(f"{where}{key}: expected finite values, got NaN or an infinity")
+
+    @staticmethod
+    def _is_ours(conversion: Any) -> bool:
+        if any(isinstance(op, FromBitsandbytes) for op in getattr(conversion, "operations", ())):
+            return True
+        merges = isinstance(conversion, WeightConverter)
+        targets = "\n".join(conversion.target_patterns)
+        return merges and any(part in targets for part in EXPERT_PARTS)
+
+    def _describe(self, layers: Any) -> None:
+        """Let the config say how a checkpoint of bitsandbytes was quantized."""
+        config = self.quantization_config
+        forms = sorted({(layer.block_size, layer.double_quant) for layer in layers})
+        if len(forms) != 1:
+            raise ValueError(
+                f"checkpoint: expected one block size and one kind of scales, got {forms}"
+            )
+        config.block_size, config.double_quant = forms[0]
+        config.stored_as = METHOD
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        model = merge(model)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return model if dtype is None else model.to(dtype)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Return True: `save_pretrained` writes what `from_pretrained` opens."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Return True: adapters can be trained on it."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Return True: there are no graph breaks."""
+        return True
