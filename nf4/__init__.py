@@ -24,6 +24,7 @@ from nf4.functional import (
     to_fragments,
     to_rows,
 )
+from nf4.integrations.lazy import import_with
 from nf4.kinds.adamix import add_adamix, merge_adamix
 from nf4.kinds.ia3 import add_ia3
 from nf4.kinds.lora import add_lora
@@ -77,3 +78,9 @@ def __getattr__(name: str) -> Any:
     from nf4.theory import expected_error
 
     return expected_error
+
+
+# transformers and PEFT know 4-bit layers as soon as they are there, and cost nothing before
+import_with("transformers.modeling_utils", "nf4.integrations.transformers")
+import_with("transformers.trainer", "nf4.integrations.transformers.training")
+import_with("peft", "nf4.integrations.peft")

@@ -136,12 +136,14 @@ class Adapter(nn.Module):
     """The trainable parameters of one adapter on one layer.
 
     A kind is a subclass. `peft_type` is its name in files, by which they are read again; `parts`
-    are the ends of its tensors' names there, with the number of dimensions each must have;
-    `trains_biases` says whether a config may let a model's biases train beside it.
+    are the ends of its tensors' names there, with the number of dimensions each must have, and
+    `aliases` other ends of some, under which transformers finds them; `trains_biases` says whether
+    a config may let a model's biases train beside it.
     """
 
     peft_type: ClassVar[str] = ""
     parts: ClassVar[Mapping[str, int]] = {}
+    aliases: ClassVar[Mapping[str, str]] = {}
     trains_biases: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:

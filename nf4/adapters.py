@@ -20,6 +20,7 @@ from nf4.convert import (
     replace_layers,
 )
 from nf4.experts import ExpertsNF4, is_experts
+from nf4.hosts import tell_hosts
 from nf4.linear import AdaptedLinearNF4, LinearNF4, QLoRALinear, dense_weight
 from nf4.lora import LoRA
 
@@ -193,6 +194,7 @@ def put_adapters(
     call_layers(model)
     freeze_base(model)
     set_adapter(model, adapter_name)
+    tell_hosts(model)
     return model
 
 

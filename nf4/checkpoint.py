@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from nf4.adapters import (
     with_adapter,
 )
 from nf4.convert import check_model, check_no_peft, replace_layers
-from nf4.files import check_new, new_folder
+from nf4.files import beside, check_new, new_folder, write_file
+from nf4.hosts import tell_hosts
 from nf4.initialize import dense_source, initialize
 from nf4.linear import LinearNF4
 from nf4.lora import LoRA
@@ -71,30 +73,110 @@ def save_adapter(
     check_model(model)
     check_no_peft(model)
     path = check_new(path, "path")
+    files = adapter_files(model, adapter_name)
+    with new_folder(path) as folder:
+        files.write(folder)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What is written of one adapter.
+
+    Attributes:
+        config: of ``adapter_config.json``.
+        tensors: of ``adapter_model.safetensors``, by name.
+        metadata: of the latter.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write both files into a folder that exists, each whole or not at all."""
+        with beside(folder / WEIGHTS_NAME) as file:
+            save_file(self.tensors, file, metadata=self.metadata)
+        write_file(folder / CONFIG_NAME, json.dumps(self.config, indent=2) + "\n")
+
+
+def adapter_files(
+    model: nn.Module, adapter_name: str | None = None, with_base: bool = False
+) -> AdapterFiles:
+    """Return what is to be written of an adapter, all checked.
+
+    Args:
+        model: a module with adapters.
+        adapter_name: which adapter; by default the active one, or the only one.
+        with_base: whether the base is written beside it, as a start may have changed it, for
+            transformers to open both.
+
+    Raises:
+        ValueError: as for `save_adapter`.
+    """
     model = unwrapped(model)
     layers = adapter_layers(model, adapter_name)
     config = _adapter_config(model, layers)
-    changes = _base_changes(model, layers)
+    changes = None if with_base else _base_changes(model, layers)
     tensors = {}
     for name, adapter in layers.items():
         if any(t.is_meta for t in adapter.tensors().values()):
             raise ValueError(f"{name}: expected an adapter with values, got one on meta")
         if not all(p.isfinite().all() for p in adapter.parameters_of_adapter()):
             raise ValueError(f"{name}: expected an adapter of finite values to save, got others")
+        others = {part: alias for alias, part in adapter.aliases.items()} if with_base else {}
         for part, tensor in adapter.tensors().items():
-            key = f"{name}.{part}" if name else part
+            end = others.get(part, part)
+            key = f"{name}.{end}" if name else end
             tensors[_PREFIX + key] = tensor.detach().cpu().contiguous()
     for name, parameter in biases_of(model, config.get("bias", "none")).items():
         module = _file_name(name.rpartition(".")[0])
         key = f"{module}.base_layer.bias" if module in layers else _file_name(name)
         tensors[_PREFIX + key] = parameter.detach().cpu().contiguous()
-    with new_folder(path) as folder:
-        metadata = {"format": "pt"}
-        if changes is not None:
-            config["init_lora_weights"] = changes.kind
-            metadata[_FROM_ORIGINAL] = str(changes.from_original)
-        save_file(tensors, folder / WEIGHTS_NAME, metadata=metadata)
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    metadata = {"format": "pt"}
+    if changes is not None:
+        config["init_lora_weights"] = changes.kind
+        metadata[_FROM_ORIGINAL] = str(changes.from_original)
+    return AdapterFiles(config, tensors, metadata)
+
+
+@torch.no_grad()
+def restore_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name: str) -> None:
+    """Give an adapter that a model has the values of a file, in place.
+
+    Args:
+        model: a module with adapters.
+        path: folder with the two files.
+        adapter_name: of the adapter.
+
+    Raises:
+        FileNotFoundError: path or one of its two files is missing.
+        ValueError: a file is corrupt, or holds another adapter than the model has; nothing is
+            changed then.
+    """
+    path, model = Path(path), unwrapped(model)
+    config, kind = _read_config(path / CONFIG_NAME)
+    found, biases = _read_tensors(path / WEIGHTS_NAME, kind)
+    held = adapter_layers(model, adapter_name)
+    bias = config.get("bias") or "none"
+    values = _find_biases(model, biases, bias, False, path / WEIGHTS_NAME)
+    if found.keys() != held.keys():
+        name = min(found.keys() ^ held.keys())
+        raise ValueError(
+            f"{path / WEIGHTS_NAME}: expected adapter {adapter_name!r} on the layers of the model, "
+            f"got {'one more' if name in found else 'none'} on {name!r}"
+        )
+    for name, adapter in held.items():
+        own, new = adapter.tensors(), found[name]
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in new.items()}:
+            raise ValueError(
+                f"{path / WEIGHTS_NAME}: {name}: expected tensors of the shapes "
+                f"{ {n: tuple(t.shape) for n, t in own.items()} }, got "
+                f"{ {n: tuple(t.shape) for n, t in new.items()} }"
+            )
+    for name, adapter in held.items():
+        adapter.copy_from(found[name])
+    for parameter, value in values:
+        parameter.copy_(value)
 
 
 def load_adapter(
@@ -177,6 +259,7 @@ def load_adapter(
     with torch.no_grad():
         for parameter, value in values:
             parameter.copy_(value)
+    tell_hosts(model)
 
 
 def _converter(
@@ -455,7 +538,7 @@ def _read_tensors(
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a safetensors file, got {error}") from error
-    ends = "|".join(re.escape(part) for part in kind.parts)
+    ends = "|".join(re.escape(part) for part in (*kind.parts, *kind.aliases))
     pattern = re.compile(rf"{re.escape(_PREFIX)}(?:(?P<module>.*)\.)?(?P<part>{ends})")
     modules: dict[str, dict[str, Tensor]] = {}
     biases: dict[str, Tensor] = {}
@@ -464,14 +547,15 @@ def _read_tensors(
         if not match and key.startswith(_PREFIX) and key.endswith(".bias") and tensor.ndim == 1:
             biases[key.removeprefix(_PREFIX)] = tensor
             continue
-        dims = None if match is None else kind.parts[match["part"]]
+        part = "" if match is None else kind.aliases.get(match["part"], match["part"])
+        dims = kind.parts.get(part)
         if match is None or tensor.ndim != dims or not tensor.is_floating_point():
             form = ", ".join(f"{p} of {d} dimensions" for p, d in kind.parts.items())
             raise ValueError(
                 f"{file}: expected floating tensors called {_PREFIX}<module>.<part> with the parts "
                 f"{form}, got {key!r}, {tensor.dtype} {tuple(tensor.shape)}"
             )
-        modules.setdefault(match["module"] or "", {})[match["part"]] = tensor
+        modules.setdefault(match["module"] or "", {})[part] = tensor
     if not modules:
         raise ValueError(f"{file}: expected tensors of {kind.peft_type}, got none")
     return modules, biases

@@ -14,6 +14,7 @@ from nf4.embedding import EmbeddingNF4, is_embedding
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import quantize
+from nf4.hosts import check_hosts, tell_hosts
 from nf4.linear import (
     LinearNF4,
     dense_weight,
@@ -77,6 +78,7 @@ def quantize_model(
     skip_modules = check_skip_modules(skip_modules)
     check_no_peft(model)
     check_no_adapters(model)
+    check_hosts(model)
     check_callback(progress, "progress")
     layers = dense_layers(model, skip_modules, quantize_embeddings)
     if not layers:
@@ -95,7 +97,7 @@ def quantize_model(
 
     def convert(layer: nn.Module) -> nn.Module:
         if is_experts(layer):
-            return ExpertsNF4(layer, lambda weight: LinearNF4.from_weight(quantized(weight)))
+            return ExpertsNF4(layer, lambda _, weight: LinearNF4.from_weight(quantized(weight)))
         ((_, weight),) = dense_weights(layer)
         group = groups.get(id(layer))
         if group in of_group:
@@ -110,6 +112,8 @@ def quantize_model(
     first = {group: name for name, group in reversed(names.items())}
     model = replace_layers(model, layers, convert, progress)
     tie_parts(model, {name: first[group] for name, group in names.items() if first[group] != name})
+    skip = skip_modules if isinstance(skip_modules, str) else list(skip_modules)
+    tell_hosts(model, skip_modules=skip, quantize_embeddings=quantize_embeddings, scale=scale)
     return model
 
 

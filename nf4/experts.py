@@ -6,6 +6,7 @@ Source: Mixtral (https://arxiv.org/abs/2401.04088, section 2.1).
 """
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,18 @@ from nf4.adapted import AdaptedLayer
 from nf4.linear import LinearNF4
 
 PARTS = ("gate_up_proj", "down_proj")
+# Experts were called by their number alone, which is also a layer's of the model
+_NUMBERED = re.compile(rf"(^|\.)({'|'.join(PARTS)})\.(\d+)(?=\.|$)")
+
+
+def expert_name(number: int) -> str:
+    """Return the name of an expert's layer within one of the `PARTS`: no other module has it."""
+    return f"expert_{number}"
+
+
+def with_expert_names(name: str) -> str:
+    """Return the name of a tensor or module, experts that it calls by number by their name."""
+    return _NUMBERED.sub(lambda m: f"{m[1]}{m[2]}.{expert_name(int(m[3]))}", name)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -44,16 +57,21 @@ class ExpertsNF4(nn.Module):
 
     Args:
         experts: the module, see `is_experts`; left unchanged.
-        make: makes a layer of a dense weight ``[out_features, in_features]``.
+        make: makes the layer of an expert, by its name within this module and its dense weight
+            ``[out_features, in_features]``.
     """
 
-    def __init__(self, experts: nn.Module, make: Callable[[Tensor], nn.Module]) -> None:
+    def __init__(self, experts: nn.Module, make: Callable[[str, Tensor], nn.Module]) -> None:
         super().__init__()
         source: Any = experts
         self.num_experts = len(source.gate_up_proj)
         self.act_fn = source.act_fn
         for name in PARTS:
-            self.add_module(name, nn.ModuleList(make(w) for w in getattr(source, name)))
+            weights = enumerate(getattr(source, name))
+            names = {expert_name(i): w for i, w in weights}
+            self.add_module(
+                name, nn.ModuleDict({n: make(f"{name}.{n}", w) for n, w in names.items()})
+            )
         # What `to_experts` gives back, without its weights; no part of the model
         self.__dict__["skeleton"] = _without_weights(experts)
         self.train(experts.training)
@@ -79,6 +97,14 @@ class ExpertsNF4(nn.Module):
             y = down(self.act_fn(gate) * up) * top_k_weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the names of experts that were called by their number too."""
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            new = prefix + with_expert_names(key[len(prefix) :])
+            if new != key:
+                state_dict[new] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def to_experts(self) -> nn.Module:
         """Return transformers' module with dense weights, adapters folded in."""

@@ -43,14 +43,25 @@ def beside_package(name: str) -> Path:
 def write_file(path: Path, text: str) -> None:
     """Write a text beside path, and rename it to path. Folders above path are made as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    with beside(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside path, and rename it to path if the block ends well.
+
+    If the block raises, the file is removed, and what is at path stays as it was.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(handle)
+    file = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(beside, 0o666 & ~_umask())
-        os.replace(beside, path)
+        yield file
+        file.chmod(0o666 & ~_umask())
+        os.replace(file, path)
     except BaseException:
-        os.unlink(beside)
+        file.unlink(missing_ok=True)
         raise
 
 

@@ -228,6 +228,7 @@ class LoRA(Adapter):
     peft_type = "LORA"
     trains_biases = True
     parts = {"lora_A.weight": 2, "lora_B.weight": 2, "lora_magnitude_vector": 1}  # noqa: RUF012
+    aliases = {"lora_magnitude_vector.weight": "lora_magnitude_vector"}  # noqa: RUF012
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter

@@ -21,8 +21,8 @@ from nf4.embedding import EmbeddingNF4
 from nf4.experts import ExpertsNF4
 from nf4.factors import OutputFactor
 from nf4.functional import dequantize, quantize, to_rows
+from nf4.hosts import tell_hosts
 from nf4.linear import LinearNF4
-from nf4.quantized_module import QuantizedModule
 from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.tensor import NF4Tensor
 
@@ -110,7 +110,7 @@ def merge(
     model = replace_layers(model, experts, lambda module: module.to_experts())
     model = replace_layers(model, embeddings, lambda m: dense_of(m, m.to_embedding))
     model = replace_layers(model, layers, lambda m: dense_of(m, m.to_dense))
-    _forget_quantization(model)
+    tell_hosts(model)
     return model
 
 
@@ -140,18 +140,6 @@ def _check_replaceable(layers: dict[str, Any]) -> None:
                     f"{name}: expected base plus adapter that {part.dtype} can hold, got NaN or an "
                     "infinity"
                 )
-
-
-def _forget_quantization(model: Any) -> None:
-    """Let a transformers model that holds nothing in 4 bits any more be saved as a dense one."""
-    if any(isinstance(m, QuantizedModule) for m in model.modules()):
-        return
-    for name, value in vars(model).pop("_dense_ties", {}).items():
-        setattr(model, name, value)
-    quantizer = getattr(model, "hf_quantizer", None)
-    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
-    if quantizer is not None and method == "nf4":
-        quantizer.remove_quantization_config(model)
 
 
 def _dense_error(name: str, layer: Any) -> MergeError:
@@ -190,7 +178,9 @@ def _merge_in_4_bits(
             report(merge_error(name, base, weight, dequantize(q, torch.float32)))
         return LinearNF4.from_weight(q, bias).take_after(layer)
 
-    return replace_layers(model, adapted, convert)
+    model = replace_layers(model, adapted, convert)
+    tell_hosts(model)
+    return model
 
 
 def scaled_weight(layer: Any) -> NF4Tensor | None:

@@ -21,7 +21,7 @@ def test_readme_examples_run_in_order(tmp_path, monkeypatch, capsys) -> None:
     for block in (b for b in BLOCKS if SMOLLM2 not in b):
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 11
     for line in (
         "4.127 bits per weight)",
         "0.092 of the norm, 20.7 dB",

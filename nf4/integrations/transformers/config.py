@@ -1,5 +1,8 @@
 """How transformers' models are quantized, in words that ``config.json`` holds."""
 
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -27,10 +30,12 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
             that is tied to them.
         codebook: "nf4", the only one; a checkpoint says so.
         scale: how scales are found, see `nf4.quantize`.
-        **ignored: what newer versions add.
+        forms: block size and double quantization of layers that differ from the rest, by name, of
+            a checkpoint that is quantized.
+        **unknown: refused.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError: an argument has the wrong type, or a name that is none.
         ValueError: block_size is not supported, or stored_as, codebook or scale another word.
     """
 
@@ -43,8 +48,10 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         quantize_embeddings: bool = False,
         codebook: str = "nf4",
         scale: str = "absmax",
-        **ignored: Any,
+        forms: Mapping[str, Sequence[Any]] | None = None,
+        **unknown: Any,
     ) -> None:
+        _check_known(unknown)
         for name, value in (
             ("double_quant", double_quant),
             ("quantize_embeddings", quantize_embeddings),
@@ -58,12 +65,6 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         if skip_modules is not None:
             found = check_skip_modules(skip_modules)
             skip_modules = found if isinstance(found, str) else list(found)
-        other = [name for name in ignored if name.startswith(_OPTIONS_OF_OTHERS)]
-        if other:
-            raise ValueError(
-                f"{other[0]}: expected options of nf4, got one of bitsandbytes; see "
-                "NF4Config.from_bitsandbytes"
-            )
         self.quant_method = METHOD
         self.block_size = check_block_size(block_size)
         self.double_quant = double_quant
@@ -71,6 +72,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.stored_as = stored_as
         self.quantize_embeddings = quantize_embeddings
         self.codebook, self.scale = codebook, check_scale(scale)
+        self.forms = _check_forms(forms)
 
     @classmethod
     def from_bitsandbytes(cls, config: BitsAndBytesConfig | dict[str, Any]) -> "NF4Config":
@@ -101,3 +103,39 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
             skip_modules=config.llm_int8_skip_modules,
             stored_as="bitsandbytes",
         )
+
+
+_OPTIONS = [name for name in inspect.signature(NF4Config).parameters if name != "unknown"]
+
+
+def _check_known(unknown: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError if there are options that `NF4Config` does not have."""
+    for name in unknown:
+        if name == "quant_method":  # as config.json has it
+            if unknown[name] != METHOD:
+                raise ValueError(f"quant_method: expected {METHOD!r}, got {unknown[name]!r}")
+            continue
+        if name.startswith(_OPTIONS_OF_OTHERS):
+            raise ValueError(
+                f"{name}: expected options of nf4, got one of bitsandbytes; see "
+                "NF4Config.from_bitsandbytes"
+            )
+        near = difflib.get_close_matches(name, _OPTIONS, 1, 0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise TypeError(
+            f"{name}: expected options of NF4Config ({', '.join(_OPTIONS)}), got {name!r}{hint}"
+        )
+
+
+def _check_forms(forms: Any) -> dict[str, list[Any]] | None:
+    """Return block size and double quantization of layers by name, or raise TypeError."""
+    if forms is None:
+        return None
+    if not isinstance(forms, Mapping):
+        raise TypeError(f"forms: expected sizes by name of layer, got {type(forms).__name__}")
+    found: dict[str, list[Any]] = {}
+    for name, form in forms.items():
+        if not isinstance(form, list | tuple) or len(form) != 2 or not isinstance(form[1], bool):
+            raise TypeError(f"forms: expected [block size, bool] for {name!r}, got {form!r}")
+        found[name] = [check_block_size(form[0]), form[1]]
+    return found

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
 
 from nf4.bitsandbytes_files import take
 from nf4.convert import dense_weights, quantized_layer, replace_layers
@@ -28,6 +28,14 @@ BITSANDBYTES = [
     "weight.quant_state.bitsandbytes__fp4",
     "weight",
 ]
+
+
+class NumberedExperts(WeightRenaming):  # type: ignore[misc]
+    """Give experts their names in files that call them by their number."""
+
+    def __init__(self) -> None:
+        parts = "|".join(EXPERT_PARTS)
+        super().__init__(rf"\.({parts})\.(\d+)\.", r".\1.expert_\2.")
 
 
 class Loading(Protocol):
@@ -138,7 +146,7 @@ class Quantize(Operation):
         if len(waiting) == len(EXPERT_PARTS):
             del self.hf_quantizer.waiting[module]
             found = iter([q for part in EXPERT_PARTS for q in waiting[part]])
-            experts = ExpertsNF4(old, lambda w: LinearNF4.from_weight(next(found)))
+            experts = ExpertsNF4(old, lambda *_: LinearNF4.from_weight(next(found)))
             for one in experts.modules():
                 one._is_hf_initialized = True  # type: ignore[assignment]
             replace_layers(model, {module: old}, lambda old: experts)

@@ -1,6 +1,7 @@
 """What transformers calls while it loads, saves and dequantizes a model."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from nf4.convert import (
     dense_layers,
     dense_weights,
     quantized_layer,
-    quantized_layers,
     replace_layers,
     tie_parts,
     token_embeddings,
@@ -22,10 +22,16 @@ from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import quantize
 from nf4.integrations.transformers.config import METHOD, NF4Config
-from nf4.integrations.transformers.operations import BITSANDBYTES, FromBitsandbytes, Quantize
+from nf4.integrations.transformers.operations import (
+    BITSANDBYTES,
+    FromBitsandbytes,
+    NumberedExperts,
+    Quantize,
+)
 from nf4.integrations.transformers.stored import (
     Stored,
     check_stored,
+    forms_in_model,
     is_part,
     names_in_model,
     stored_tensors,
@@ -54,6 +60,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         self.stored: dict[str, Stored] = {}  # what the checkpoint's files hold, by name
         self.tied: dict[str, str] = {}  # layers that share their weight with embeddings, by name
         self.waiting: dict[str, dict[str, list[NF4Tensor]]] = {}  # experts of which half is there
+        self.adapted = False  # whether the model has adapters of nf4's
+        self.dense_conversions: list[Any] | None = None  # of the model without 4-bit layers
 
     def refuse(self, name: str, error: Exception) -> None:
         """Keep an error, with the tensor's name and file, until all is loaded."""
@@ -85,11 +93,11 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         """Return what quantizes a weight."""
         return Quantize(self)
 
-    def get_weight_conversions(self) -> list[WeightConverter]:
-        """Return what reads the tensors of bitsandbytes."""
-        if not self._reads_bitsandbytes:
-            return []
-        return [WeightConverter(BITSANDBYTES, "weight", [FromBitsandbytes(self)])]
+    def get_weight_conversions(self) -> list[Any]:
+        """Return what reads the tensors of bitsandbytes, and experts that are called by number."""
+        if self._reads_bitsandbytes:
+            return [WeightConverter(BITSANDBYTES, "weight", [FromBitsandbytes(self)])]
+        return [NumberedExperts()] if self.pre_quantized else []
 
     @property
     def _reads_bitsandbytes(self) -> bool:
@@ -141,15 +149,21 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def _make_empty(self, model: Any, layers: dict[str, nn.Module]) -> None:
         """Replace layers by quantized ones on meta, whose values are to be loaded."""
         config = self.quantization_config
+        names = {id(layer): name for name, layer in reversed(layers.items())}
+        forms = forms_in_model(config.forms or {}, model)
 
-        def empty(weight: Tensor) -> NF4Tensor:
-            return quantize(weight, config.block_size, config.double_quant)
+        def empty(name: str, weight: Tensor) -> NF4Tensor:
+            form = forms.get(name, (config.block_size, config.double_quant))
+            return quantize(weight, *form)
 
         def convert(old: nn.Module) -> nn.Module:
+            name = names[id(old)]
             if is_experts(old):
-                return ExpertsNF4(old, lambda weight: LinearNF4.from_weight(empty(weight)))
+                return ExpertsNF4(
+                    old, lambda part, weight: LinearNF4.from_weight(empty(f"{name}.{part}", weight))
+                )
             ((_, weight),) = dense_weights(old)
-            return quantized_layer(old, empty(weight))
+            return quantized_layer(old, empty(name, weight))
 
         replace_layers(model, layers, convert)
         tie_parts(model, self.tied)
@@ -185,7 +199,6 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.errors:
             raise ValueError("; ".join(self.errors))
-        layers = quantized_layers(model).values()
         for name, module in model.named_modules():
             if isinstance(module, QuantizedModule):
                 self._check_scales(name, module)
@@ -193,13 +206,21 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
                     parameter.requires_grad_(False)
                 module._choose_layout()
         tie_parts(model, self.tied)
-        # What was done to the tensors of a checkpoint is undone when it is saved; not so where they
-        # are quantized now
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [c for c in conversions if not self._is_ours(c)]
+        self.keep_conversions(model, getattr(model, "_weight_conversions", None) or [])
         if self._reads_bitsandbytes:
-            self._describe(layers)
+            self.quantization_config.stored_as = METHOD
+        describe(self.quantization_config, model)
         return model
+
+    def keep_conversions(self, model: Any, conversions: list[Any]) -> None:
+        """Let what was done to a checkpoint's tensors be undone on saving, but for those in 4 bits.
+
+        Args:
+            model: with 4-bit layers.
+            conversions: as they are without.
+        """
+        self.dense_conversions = [c for c in conversions if not _is_ours(c)]
+        model._weight_conversions = [c for c in self.dense_conversions if not _merges_experts(c)]
 
     def _check_scales(self, name: str, module: QuantizedModule) -> None:
         """Raise ValueError if a scale that was read is not finite; codes cannot be wrong."""
@@ -209,25 +230,6 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             key = f"{name}.{part}"
             where = f"{self.stored[key].file}: " if key in self.stored else ""
             raise ValueError(f"{where}{key}: expected finite values, got NaN or an infinity")
-
-    @staticmethod
-    def _is_ours(conversion: Any) -> bool:
-        if any(isinstance(op, FromBitsandbytes) for op in getattr(conversion, "operations", ())):
-            return True
-        merges = isinstance(conversion, WeightConverter)
-        targets = "\n".join(conversion.target_patterns)
-        return merges and any(part in targets for part in EXPERT_PARTS)
-
-    def _describe(self, layers: Any) -> None:
-        """Let the config say how a checkpoint of bitsandbytes was quantized."""
-        config = self.quantization_config
-        forms = sorted({(layer.block_size, layer.double_quant) for layer in layers})
-        if len(forms) != 1:
-            raise ValueError(
-                f"checkpoint: expected one block size and one kind of scales, got {forms}"
-            )
-        config.block_size, config.double_quant = forms[0]
-        config.stored_as = METHOD
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = merge(model)
@@ -239,6 +241,11 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the Trainer may train the model without PEFT: it has adapters of nf4's."""
+        return self.adapted
+
+    @property
     def is_trainable(self) -> bool:
         """Return True: adapters can be trained on it."""
         return True
@@ -247,3 +254,23 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Return True: there are no graph breaks."""
         return True
+
+
+def describe(config: NF4Config, model: nn.Module) -> None:
+    """Let a config say how a model's layers are quantized: most of them, and by name the others."""
+    held = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    forms = Counter((m.block_size, m.double_quant) for m in held.values())
+    config.block_size, config.double_quant = usual = forms.most_common(1)[0][0]
+    found = {n: (m.block_size, m.double_quant) for n, m in held.items()}
+    config.forms = {n: list(form) for n, form in found.items() if form != usual} or None
+
+
+def _is_ours(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", None) or ()
+    ours = any(isinstance(op, FromBitsandbytes) for op in operations)
+    return ours or isinstance(conversion, NumberedExperts)
+
+
+def _merges_experts(conversion: Any) -> bool:
+    targets = "\n".join(conversion.target_patterns)
+    return isinstance(conversion, WeightConverter) and any(part in targets for part in EXPERT_PARTS)

@@ -1,6 +1,6 @@
 """Look at a checkpoint's files before a model is filled from them, and say what does not fit."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from nf4.experts import PARTS as EXPERT_PARTS
+from nf4.experts import with_expert_names
 from nf4.quantized_module import QuantizedModule
 from nf4.tensor import PARTS
 
@@ -67,10 +68,10 @@ def model_names(names: Iterable[str], model: Any) -> dict[str, str]:
     prefix = getattr(model, "base_model_prefix", "")
     found = {}
     for name in names:
-        renamed = name
+        renamed = with_expert_names(name)
         for renaming in renamings:
             renamed, _ = renaming.rename_source_key(renamed)
-        candidates = [*_names(renamed, prefix), *_names(name, prefix)]
+        candidates = [*_names(renamed, prefix), *_names(with_expert_names(name), prefix)]
         found[name] = next((n for n in candidates if _module(n) in modules), candidates[0])
     return found
 
@@ -119,12 +120,20 @@ def check_stored(stored: Mapping[str, Stored], model: Any, tied: Iterable[str]) 
             )
 
 
+def forms_in_model(forms: Mapping[str, Sequence[Any]], model: Any) -> dict[str, tuple[int, bool]]:
+    """Return block sizes and double quantization by the names that the model has for layers."""
+    names = model_names((f"{name}.packed" for name in forms), model)
+    found = {name: names[f"{name}.packed"].removesuffix(".packed") for name in forms}
+    return {found[name]: (form[0], form[1]) for name, form in forms.items()}
+
+
 def _module(name: str) -> str:
     """Return the name of the module of a tensor; of an expert's, that of the dense experts."""
-    module, _, last = name.rpartition(".")[0].rpartition(".")
-    if last.isdigit() and module.rpartition(".")[2] in EXPERT_PARTS:
-        return module.rpartition(".")[0]
-    return name.rpartition(".")[0]
+    module = name.rpartition(".")[0]
+    part = module.rpartition(".")[0]
+    if part.rpartition(".")[2] in EXPERT_PARTS:
+        return part.rpartition(".")[0]
+    return module
 
 
 def _names(key: str, prefix: str) -> list[str]:

@@ -1,0 +1,142 @@
+"""What ``save_pretrained`` writes of a model with this package's layers, and adapters read again.
+
+The base is written without the adapters on it. These lie beside it as PEFT's two files: the active
+adapter in the folder itself, others in folders called by their names, as PEFT has it. A folder with
+both opens as a whole: transformers loads the base, and PEFT's adapter on it.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from nf4.adapted import AdaptedLayer, adapted_layers
+from nf4.adapters import adapter_names
+from nf4.checkpoint import CONFIG_NAME, AdapterFiles, adapter_files, restore_adapter
+from nf4.integrations.transformers.config import NF4Config
+from nf4.integrations.transformers.host import settle
+
+
+def install() -> None:
+    """Let ``save_pretrained`` of every transformers model know this package's layers."""
+    shipped = PreTrainedModel.save_pretrained
+    if hasattr(shipped, "knows_nf4"):
+        return
+    signature = inspect.signature(shipped)
+
+    @functools.wraps(shipped)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        settle(self)
+        if not adapted_layers(self):
+            with config_of_its_own(self):
+                return shipped(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        files = _files_of(self)
+        if given.arguments["push_to_hub"]:
+            raise ValueError(
+                "push_to_hub: expected False for a model with nf4's adapters, got True; save the "
+                "folder, and upload it with `hf upload REPOSITORY FOLDER`"
+            )
+        with config_of_its_own(self), ignoring_adapters(self):
+            result = shipped(self, *args, **kwargs)
+        if given.arguments["is_main_process"]:
+            _write(files, Path(given.arguments["save_directory"]))
+        return result
+
+    save_pretrained.knows_nf4 = True  # type: ignore[attr-defined]
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _files_of(model: nn.Module) -> dict[str, AdapterFiles]:
+    """Return what is to be written of a model's adapters, by folder; "" is the model's own."""
+    active = sorted({name for layer in adapted_layers(model) for name in layer.active_adapters})
+    if len(active) > 1:
+        raise ValueError(
+            f"save_pretrained: expected at most one active adapter, got {', '.join(active)}; "
+            "choose one by nf4.set_adapter, or save each by nf4.save_adapter"
+        )
+    return {
+        "" if name in active else name: adapter_files(model, name, with_base=True)
+        for name in adapter_names(model)
+    }
+
+
+def _write(files: dict[str, AdapterFiles], folder: Path) -> None:
+    for name, adapter in files.items():
+        (folder / name).mkdir(exist_ok=True)
+        adapter.write(folder / name)
+
+
+@contextmanager
+def config_of_its_own(model: Any) -> Iterator[None]:
+    """Let a dense model be saved as one though it shares its config with one that was quantized."""
+    said = getattr(model.config, "quantization_config", None)
+    if not isinstance(said, NF4Config) or hasattr(model, "hf_quantizer"):
+        yield
+        return
+    del model.config.quantization_config
+    try:
+        yield
+    finally:
+        model.config.quantization_config = said
+
+
+@contextmanager
+def ignoring_adapters(model: Any) -> Iterator[None]:
+    """Let transformers leave adapters out of a model's state dict within a ``with`` block."""
+    own = {
+        id(parameter)
+        for layer in adapted_layers(model)
+        for adapter in layer.named_adapters().values()
+        for parameter in adapter.parameters_of_adapter()
+    }
+    inside = tuple(
+        f"{name}.adapters." if name else "adapters."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, AdaptedLayer)
+    )
+    state = model.state_dict(keep_vars=True)
+    names = [n for n, t in state.items() if id(t) in own or n.startswith(inside)]
+    before = vars(model).get("_keys_to_ignore_on_save", _NOTHING)
+    model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *names]
+    try:
+        yield
+    finally:
+        if before is _NOTHING:
+            del model._keys_to_ignore_on_save
+        else:
+            model._keys_to_ignore_on_save = before
+
+
+_NOTHING = object()
+
+
+def restoring(load: Callable[..., Any], folder_of: Callable[..., str]) -> Callable[..., Any]:
+    """Return a method of the Trainer that loads a checkpoint, and reads our adapters too.
+
+    Args:
+        load: the method.
+        folder_of: returns the checkpoint's folder, of the method's arguments.
+    """
+
+    @functools.wraps(load)
+    def loading(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        model = kwargs.get("model") or (args[1] if len(args) > 1 else None) or trainer.model
+        folder = Path(folder_of(trainer, *args, **kwargs))
+        if not adapted_layers(model) or not (folder / CONFIG_NAME).is_file():
+            return load(trainer, *args, **kwargs)
+        with ignoring_adapters(model):
+            result = load(trainer, *args, **kwargs)
+        for name in adapter_names(model):
+            own = folder / name
+            restore_adapter(model, own if (own / CONFIG_NAME).is_file() else folder, name)
+        return result
+
+    loading.knows_nf4 = True  # type: ignore[attr-defined]
+    return loading
