@@ -7,16 +7,20 @@ Source: Mixtral (https://arxiv.org/abs/2401.04088, section 2.1).
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear as dense_linear
 
 from nf4.adapted import AdaptedLayer
+from nf4.adapter import Base, Below, Term, compute
 from nf4.linear import LinearNF4
 
 PARTS = ("gate_up_proj", "down_proj")
+ExpertTerm = Callable[[int], Term]  # what an adapter computes on the expert of a number
 # Experts were called by their number alone, which is also a layer's of the model
 _NUMBERED = re.compile(rf"(^|\.)({'|'.join(PARTS)})\.(\d+)(?=\.|$)")
 
@@ -67,13 +71,15 @@ class ExpertsNF4(nn.Module):
         self.num_experts = len(source.gate_up_proj)
         self.act_fn = source.act_fn
         for name in PARTS:
-            weights = enumerate(getattr(source, name))
-            names = {expert_name(i): w for i, w in weights}
-            self.add_module(
-                name, nn.ModuleDict({n: make(f"{name}.{n}", w) for n, w in names.items()})
-            )
+            weights = zip(self.names, getattr(source, name), strict=True)
+            layers = {n: make(f"{name}.{n}", weight) for n, weight in weights}
+            self.add_module(name, nn.ModuleDict(layers))
         # What `to_experts` gives back, without its weights; no part of the model
         self.__dict__["skeleton"] = _without_weights(experts)
+        # By `PARTS`, beside the layers' own: terms of adapters on all experts at once, and dense
+        # weights that such adapters have been folded into. Replaced as a whole, never changed
+        self.terms: Mapping[str, tuple[ExpertTerm, ...]] = {}
+        self.merged: Mapping[str, Sequence[Tensor]] = {}
         self.train(experts.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -88,15 +94,81 @@ class ExpertsNF4(nn.Module):
             ``[tokens, hidden]`` in the dtype of hidden_states.
         """
         out = torch.zeros_like(hidden_states)
-        gate_up_proj, down_proj = self.get_submodule(PARTS[0]), self.get_submodule(PARTS[1])
-        for expert, (gate_up, down) in enumerate(
-            zip(gate_up_proj.children(), down_proj.children(), strict=True)
-        ):
+        for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
-            gate, up = gate_up(hidden_states[token]).chunk(2, dim=-1)
-            y = down(self.act_fn(gate) * up) * top_k_weights[token, slot, None]
-            out.index_add_(0, token, y.to(out.dtype))
+            gate_up = self._multiply("gate_up_proj", expert, hidden_states[token])
+            gate, up = gate_up.chunk(2, dim=-1)
+            y = self._multiply("down_proj", expert, self.act_fn(gate) * up)
+            out.index_add_(0, token, (y * top_k_weights[token, slot, None]).to(out.dtype))
         return out
+
+    @property
+    def names(self) -> list[str]:
+        """The experts' names within each of the `PARTS`."""
+        return [expert_name(number) for number in range(self.num_experts)]
+
+    def layers(self, part: str) -> list[nn.Module]:
+        """Return the experts' layers of one of the `PARTS`."""
+        return list(self.get_submodule(part).children())
+
+    def _multiply(self, part: str, expert: int, x: Tensor) -> Tensor:
+        """Return the output of an expert's layer, with what adapters on all experts add."""
+        if part in self.merged:
+            return dense_linear(x, self.merged[part][expert].to(x.dtype))
+        layer: Any = self.get_submodule(part).get_submodule(expert_name(expert))
+        terms = [term(expert) for term in self.terms.get(part, ())]
+        if not terms:
+            y: Tensor = layer(x)
+            return y
+        base = layer_product(layer)
+        if type(layer) is LinearNF4 and not layer._forward_hooks:
+            return compute(x, base, terms)
+        below: Below = layer
+        for term in terms:
+            below = partial(term.apply, below=below, base=base)
+        return below(x)
+
+    @torch.no_grad()
+    def merge(self, part: str, terms: Sequence["ExpertTerm"]) -> None:
+        """Hold dense weights into which adapters on all experts are folded, until `unmerge`.
+
+        Args:
+            part: one of the `PARTS`.
+            terms: of the adapters, beside those on single layers.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+        found = []
+        for expert, layer in enumerate(self.layers(part)):
+            w = self.exact_weight(part, expert, terms).to(layer_product(layer).weight.dtype)
+            if not w.isfinite().all():
+                raise ValueError(
+                    f"{part}.{expert_name(expert)}: expected finite weights after merging, got "
+                    "NaN or an infinity"
+                )
+            found.append(w)
+        self.merged = {**self.merged, part: found}
+
+    @torch.no_grad()
+    def exact_weight(self, part: str, expert: int, terms: Sequence["ExpertTerm"]) -> Tensor:
+        """Return an expert's weight, adapters of its layer and of all experts folded in: float32.
+
+        Args:
+            part: one of the `PARTS`.
+            expert: its number.
+            terms: of the adapters on all experts.
+        """
+        layer: Any = self.layers(part)[expert]
+        exact = getattr(layer, "exact_merged_weight", None)
+        w: Tensor = layer.weight.detach().float() if exact is None else exact()
+        for term in terms:
+            w, _ = term(expert).fold(w, None, layer_product(layer))
+        return w
+
+    def unmerge(self, part: str) -> None:
+        """Drop the dense weights: the quantized ones were never changed."""
+        self.merged = {p: held for p, held in self.merged.items() if p != part}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the names of experts that were called by their number too."""
@@ -110,13 +182,27 @@ class ExpertsNF4(nn.Module):
         """Return transformers' module with dense weights, adapters folded in."""
         dense: nn.Module = copy.deepcopy(self.__dict__["skeleton"])
         for name in PARTS:
-            layers: Any = self.get_submodule(name).children()
-            weights = [
-                m.merged_weight() if isinstance(m, LinearNF4 | AdaptedLayer) else m.weight.detach()
-                for m in layers
-            ]
+            held = self.merged.get(name)
+            weights = [_weight(m) for m in self.layers(name)] if held is None else list(held)
             setattr(dense, name, nn.Parameter(torch.stack(weights)))
         return dense.train(self.training)
+
+
+def layer_product(layer: Any) -> Base:
+    """Return the product of an expert's layer without adapters, in four bits or dense."""
+    while hasattr(layer, "get_base_layer"):  # PEFT's
+        layer = layer.get_base_layer()
+    return layer.base() if isinstance(layer, AdaptedLayer) else Base(layer.weight)
+
+
+def _weight(layer: Any) -> Tensor:
+    """Return the dense weight of an expert's layer, adapters of its own folded in."""
+    weight: Tensor
+    if isinstance(layer, LinearNF4 | AdaptedLayer):
+        weight = layer.merged_weight()
+    else:
+        weight = layer.weight.detach()
+    return weight
 
 
 def _without_weights(experts: nn.Module) -> nn.Module:

@@ -79,13 +79,7 @@ def merge(
     if not isinstance(requantize, bool) and requantize != "exact":
         raise TypeError(f"requantize: expected a bool or 'exact', got {requantize!r}")
     layers = _mergeable(model)
-    embeddings = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, EmbeddingNF4)
-    }
-    experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
-    if not layers and not embeddings and not experts:
+    if not layers and not any(isinstance(m, EmbeddingNF4 | ExpertsNF4) for m in model.modules()):
         raise ValueError(
             f"model: expected LinearNF4 layers or adapters, found none in {type(model).__name__}"
         )
@@ -94,8 +88,26 @@ def merge(
     if report is not None:
         for name, layer in layers.items():
             report(_dense_error(name, layer))
+    return make_dense(model)
+
+
+def make_dense(model: Model) -> Model:
+    """Replace every layer in four bits, and every one with adapters, by what `merge` says.
+
+    Args:
+        model: any module; changed in place, and only after every layer has been checked.
+
+    Returns:
+        The model; a new layer if the model itself is one.
+
+    Raises:
+        ValueError: a layer cannot be replaced, or is not finite with its adapters.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
+    embeddings = {n: m for n, m in modules.items() if isinstance(m, EmbeddingNF4)}
     inside = tuple(f"{name}." for name in experts)
-    layers = {n: m for n, m in layers.items() if not (inside and n.startswith(inside))}
+    layers = {n: m for n, m in _mergeable(model).items() if not n.startswith(inside or ("\0",))}
     _check_replaceable({**experts, **embeddings, **layers})
     shared: dict[int, Any] = {}
 
@@ -107,6 +119,7 @@ def merge(
         shared[id(module.packed)] = dense.weight
         return dense  # type: ignore[no-any-return]
 
+    del modules
     model = replace_layers(model, experts, lambda module: module.to_experts())
     model = replace_layers(model, embeddings, lambda m: dense_of(m, m.to_embedding))
     model = replace_layers(model, layers, lambda m: dense_of(m, m.to_dense))

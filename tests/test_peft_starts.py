@@ -95,8 +95,8 @@ def test_ia3_adapters_are_switched_disabled_stacked_and_merged(bases) -> None:
     ours.base_model.set_adapter(["default", "second"])
     merged = ours.merge_and_unload(safe_merge=True)
     assert error(logits(merged), both) < 1e-4
-    assert type(merged.model.layers[0].self_attn.k_proj) is nn.Linear
-    assert type(merged.model.layers[0].self_attn.q_proj) is nf4.LinearNF4
+    for name in ("k_proj", "q_proj"):  # what nf4.merge leaves, with an adapter on it or not
+        assert type(merged.model.layers[0].self_attn.get_submodule(name)) is nn.Linear
     unloaded = theirs.unload()
     assert error(logits(unloaded), logits(bases[0])) < 1e-5
     assert torch.equal(logits(with_ia3(bases[0]).unload()), logits(bases[0]))

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from kinds import ADD, randomize
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaModel
@@ -297,3 +298,60 @@ def test_trainer_takes_and_keeps_our_adapters_on_a_loaded_model(tiny_llama, tmp_
     (tmp_path / "run" / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="checkpoint-4/adapter_model.safetensors: expected a safe"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+
+
+PEFTS = {
+    "lora": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    "dora": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=True),
+    "head": LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    ),
+}
+
+
+# PEFT's own
+@pytest.mark.filterwarnings("ignore:All adapters are already merged")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
+@pytest.mark.parametrize("kind", PEFTS)
+def test_what_peft_merges_is_a_dense_model(kind, how, tied, tiny_llama, tmp_path) -> None:
+    base = tiny_llama(tie_word_embeddings=tied, attention_bias=True)
+    nf4.quantize_model(base, skip_modules=(), quantize_embeddings=True)
+    torch.manual_seed(2)
+    model = get_peft_model(copy.deepcopy(base), copy.deepcopy(PEFTS[kind])).eval()
+    expected = logits(model)
+    if how == "merge_adapter":
+        model.merge_adapter()
+        assert (logits(model) - expected).abs().max() < 1e-5
+    merged = model.merge_and_unload()
+    assert not [m for m in merged.modules() if type(m).__module__.startswith("nf4")]
+    assert not hasattr(merged.config, "quantization_config") and not merged.is_quantized
+    same = merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert same == (tied and kind != "head") == merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
+    again = load(tmp_path / "merged")
+    assert same_state(again, merged) and (logits(again) - expected).abs().max() < 1e-5
+    ours = nf4.merge(base)
+    assert {n: type(m) for n, m in merged.named_modules()} == {
+        n: type(m) for n, m in ours.named_modules()
+    }
+    nf4.quantize_model(again)  # nothing says that it was quantized once
+    again.save_pretrained(tmp_path / "quantized")
+    assert same_state(load(tmp_path / "quantized"), again)
+
+
+def test_unloading_after_merging_keeps_what_was_merged(tiny_llama) -> None:
+    base = nf4.quantize_model(tiny_llama())
+    model = get_peft_model(copy.deepcopy(base), copy.deepcopy(PEFTS["lora"])).eval()
+    expected = logits(model)
+    assert torch.equal(logits(copy.deepcopy(model).unload()), logits(base))
+    model.merge_adapter()
+    unloaded = model.unload()
+    assert (logits(unloaded) - expected).abs().max() < 1e-5
+    kinds = {type(m) for m in unloaded.model.layers[0].self_attn.children()}
+    assert kinds == {nn.Linear, nf4.LinearNF4}

@@ -11,16 +11,19 @@ Sources: LoRA (https://arxiv.org/abs/2106.09685), rsLoRA (https://arxiv.org/abs/
 DoRA (https://arxiv.org/abs/2402.09353), (IA)³ (https://arxiv.org/abs/2205.05638).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import peft.tuners.tuners_utils as peft_utils
 from peft import PeftModel
 from torch import Tensor, nn
 
+from nf4.experts import expert_name
 from nf4.initialize import check_rank, dense_source
+from nf4.integrations.peft.experts import ParamWrapper
 from nf4.integrations.peft.ia3 import NF4IA3Linear
 from nf4.integrations.peft.install import install
 from nf4.integrations.peft.lora import NF4LoraLinear
+from nf4.linear import LinearNF4
 from nf4.merging import MergeError, requantized
 
 __all__ = [
@@ -89,7 +92,8 @@ def merge_and_requantize(
         ValueError: no layer of it is quantized by nf4, or another layer has an adapter too, which
             would be lost: ``model.merge_and_unload()`` keeps it.
     """
-    layers = _layers_of(model)
+    layers: dict[str, NF4LoraLinear | ParamWrapper] = dict(_layers_of(model))
+    layers |= {n: m for n, m in model.named_modules() if isinstance(m, ParamWrapper)}
     if not layers:
         raise ValueError("model: expected LoRA adapters on LinearNF4 layers, found none")
     for name, module in model.named_modules():
@@ -98,16 +102,32 @@ def merge_and_requantize(
                 f"{name}: expected adapters on LinearNF4 layers alone, got one on a "
                 f"{type(module.get_base_layer()).__name__}"
             )
-    merged = {}
-    for name, layer in layers.items():
-        exact = layer.exact_merged_weight()
-        if not exact.isfinite().all():
+    exact = (found for name, layer in layers.items() for found in _exact_weights(name, layer))
+    merged = []
+    for name, base, weight in exact:
+        if not weight.isfinite().all():
             raise ValueError(f"{name}: expected base plus adapter of finite values, got others")
-        merged[name] = requantized(name, exact, layer.base.weight, report)
-    for name, layer in layers.items():
-        layer.base._set_weight(merged[name])
+        merged.append((base, requantized(name, weight, base.weight, report)))
+    for base, q in merged:
+        base._set_weight(q)
     unloaded: nn.Module = model.unload()
     return unloaded
+
+
+def _exact_weights(
+    name: str, layer: NF4LoraLinear | ParamWrapper
+) -> Iterator[tuple[str, LinearNF4, Tensor]]:
+    """Yield the layers in four bits that an adapter is on, and what they come to: float32."""
+    if isinstance(layer, NF4LoraLinear):
+        yield name, layer.base, layer.exact_merged_weight()
+        return
+    experts, part = layer.get_base_layer(), layer.parameter_name
+    terms = layer.active_terms()
+    for expert, base in enumerate(experts.layers(part)):
+        own = f"{name}.{part}.{expert_name(expert)}"
+        if not isinstance(base, LinearNF4):
+            raise ValueError(f"{own}: expected one adapter on it, or one on all experts, got both")
+        yield own, base, experts.exact_weight(part, expert, terms)
 
 
 install()

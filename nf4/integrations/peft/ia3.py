@@ -98,21 +98,6 @@ class NF4IA3Linear(MergedBesideBase, nn.Module, IA3Layer):  # type: ignore[misc]
         terms = self._terms([*self.merged_adapters, *names])
         self._hold_merged(fold(Base(self.base.weight), terms)[0], names, safe_merge)
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Return the layer without adapters: quantized, or dense with adapters folded in."""
-        if merge:
-            self.merge(safe_merge, adapter_names)
-        if self._merged is None:
-            return self.base
-        bias = self._merged_bias()
-        dense: Any = self.base.to_dense(nn.Parameter(self._merged))
-        if bias is not None:
-            dense.bias = nn.Parameter(bias.detach().to(self.base.dtype))
-        module: nn.Module = dense
-        return module
-
     def __repr__(self) -> str:
         """Name the layer as PEFT names its own."""
         return "ia3." + super().__repr__()

@@ -6,6 +6,7 @@ from typing import Any
 
 import peft.tuners.lora.model as peft_lora
 import peft.tuners.tuners_utils as peft_utils
+import peft.utils.transformers_weight_conversion as peft_conversion
 from peft import IA3Config, LoraConfig, TaskType
 from peft.tuners.ia3.model import IA3Model
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -13,15 +14,25 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from nf4.adapted import AdaptedLayer
+from nf4.experts import ExpertsNF4
+from nf4.integrations.peft.experts import ParamWrapper, parameters_of_experts
 from nf4.integrations.peft.ia3 import NF4IA3Linear
 from nf4.integrations.peft.lora import NF4LoraLinear
+from nf4.integrations.peft.targets import convert, include_experts
 from nf4.linear import LinearNF4
+from nf4.merging import make_dense
 from nf4.quantized_module import QuantizedModule
+
+_OURS = (NF4LoraLinear, NF4IA3Linear, ParamWrapper)
+
+
+def _base(target: Any) -> Any:
+    """Return a layer without PEFT's layers around it."""
+    return target.get_base_layer() if isinstance(target, peft_utils.BaseTunerLayer) else target
 
 
 def _on_nf4(target: nn.Module) -> bool:
-    if isinstance(target, peft_utils.BaseTunerLayer):
-        target = target.get_base_layer()
+    target = _base(target)
     if isinstance(target, AdaptedLayer):
         raise ValueError(
             f"expected a LinearNF4 without adapter, got a {type(target).__name__}: add adapters "
@@ -49,6 +60,8 @@ def install() -> None:
     def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> Any:
         if _on_nf4(target):
             return NF4LoraLinear(target, adapter_name, config=config, **options)
+        if options.get("parameter_name") is not None and isinstance(_base(target), ExpertsNF4):
+            return ParamWrapper(target, adapter_name, config=config, **options)
         return default(target, adapter_name, config=config, **options)
 
     @functools.wraps(all_linear)
@@ -56,9 +69,10 @@ def install() -> None:
         asked = getattr(peft_config, "target_modules", None)
         found = all_linear(peft_config, model)
         if isinstance(asked, str) and asked.lower() == "all-linear":
-            heads = {id(head) for head in _heads(model, peft_config)}
+            left = {id(head) for head in _heads(model, peft_config)}
+            left |= include_experts(peft_config, model)
             modules = model.named_modules()
-            names = {n for n, m in modules if isinstance(m, LinearNF4) and id(m) not in heads}
+            names = {n for n, m in modules if isinstance(m, LinearNF4) and id(m) not in left}
             others: Iterable[str] = found.target_modules
             found.target_modules = names | ({others} if isinstance(others, str) else set(others))
         return found
@@ -84,6 +98,24 @@ def install() -> None:
             )
         update_saved(self, adapter_name, **options)
 
+    shipped_unload = peft_utils.BaseTuner._unload_and_optionally_merge
+
+    @functools.wraps(shipped_unload)
+    def unload(self: Any, merge: bool = True, *args: Any, **options: Any) -> nn.Module:
+        ours = any(isinstance(m, _OURS) for m in self.model.modules())
+        model: nn.Module = shipped_unload(self, merge, *args, **options)
+        return make_dense(model) if merge and ours else model
+
+    shipped_inject = peft_utils.BaseTuner._inject_parameters
+
+    @functools.wraps(shipped_inject)
+    def inject(self: Any, peft_config: Any, model: nn.Module, **options: Any) -> list[str]:
+        with parameters_of_experts(model):
+            names: list[str] = shipped_inject(self, peft_config, model, **options)
+        return names
+
+    peft_utils.BaseTuner._inject_parameters = inject
+    peft_utils.BaseTuner._unload_and_optionally_merge = unload
     update_saved, ModulesToSaveWrapper.update = ModulesToSaveWrapper.update, update
     replace_ia3 = IA3Model._replace_module
     IA3Model._create_new_module = staticmethod(create)
@@ -91,3 +123,8 @@ def install() -> None:
     dispatch.knows_nf4 = True  # type: ignore[attr-defined]
     peft_lora.dispatch_default = dispatch
     peft_utils._maybe_include_all_linear_layers = include
+    peft_conversion._maybe_include_all_linear_layers = include
+    shipped_convert = peft_conversion.convert_peft_config_for_transformers
+    peft_conversion.convert_peft_config_for_transformers = functools.partial(
+        convert, shipped_convert
+    )

@@ -199,17 +199,6 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         merged = self._hold_merged(exact, names, safe_merge)
         self.merge_error = merge_error("", product.dense(), exact, merged)
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Return the layer without adapters: quantized, or dense with adapters folded in."""
-        if not merge:
-            return self.base
-        self.merge(safe_merge, adapter_names)
-        if self._merged is None:
-            return self.base
-        return self.base.to_dense(nn.Parameter(self._merged))
-
     def __repr__(self) -> str:
         """Name the layer as PEFT names its own."""
         return "lora." + super().__repr__()

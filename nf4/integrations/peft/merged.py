@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from nf4.linear import LinearNF4
@@ -13,6 +13,7 @@ class MergedBesideBase:
     """A dense weight beside the quantized one, which is never changed, from merge to unmerge."""
 
     get_base_layer: Any
+    merge: Any
     merged_adapters: list[str]
     _merged: Tensor | None = None  # dense, while adapters are merged
 
@@ -21,6 +22,29 @@ class MergedBesideBase:
         """The quantized layer."""
         layer: LinearNF4 = self.get_base_layer()
         return layer
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the layer without adapters: quantized, or dense with what has been merged.
+
+        PEFT calls this.
+        """
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        if self._merged is None:
+            return self.base
+        bias = self._merged_bias()
+        dense: Any = self.base.to_dense(nn.Parameter(self._merged))
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().to(self.base.dtype))
+        module: nn.Module = dense
+        return module
+
+    def _merged_bias(self) -> Tensor | None:
+        """Return the bias with merged adapters."""
+        bias: Tensor | None = self.base.bias
+        return bias
 
     def _hold_merged(self, exact: Tensor, names: list[str], safe_merge: bool) -> Tensor:
         """Hold a float32 weight, rounded to the layer's dtype, in which adapters are; return it."""

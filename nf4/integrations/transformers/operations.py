@@ -31,11 +31,14 @@ BITSANDBYTES = [
 
 
 class NumberedExperts(WeightRenaming):  # type: ignore[misc]
-    """Give experts their names in files that call them by their number."""
+    """Give experts their names in files that call them by their number.
 
-    def __init__(self) -> None:
-        parts = "|".join(EXPERT_PARTS)
-        super().__init__(rf"\.({parts})\.(\d+)\.", r".\1.expert_\2.")
+    Args:
+        part: one of the two weights of experts.
+    """
+
+    def __init__(self, part: str) -> None:
+        super().__init__(rf"\.{part}\.(\d+)\.", rf".{part}.expert_\1.")
 
 
 class Loading(Protocol):

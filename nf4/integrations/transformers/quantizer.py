@@ -97,7 +97,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         """Return what reads the tensors of bitsandbytes, and experts that are called by number."""
         if self._reads_bitsandbytes:
             return [WeightConverter(BITSANDBYTES, "weight", [FromBitsandbytes(self)])]
-        return [NumberedExperts()] if self.pre_quantized else []
+        return [NumberedExperts(part) for part in EXPERT_PARTS] if self.pre_quantized else []
 
     @property
     def _reads_bitsandbytes(self) -> bool:
