@@ -314,7 +314,7 @@ PEFTS = {
 
 # PEFT's own
 @pytest.mark.filterwarnings("ignore:All adapters are already merged")
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
 @pytest.mark.parametrize("kind", PEFTS)
