@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import nf4.kinds  # noqa: F401  # so that files of every kind are known
@@ -36,7 +36,7 @@ from nf4.adapters import (
     with_adapter,
 )
 from nf4.convert import check_model, check_no_peft, replace_layers
-from nf4.files import beside, check_new, new_folder, write_file
+from nf4.files import beside, check_new, new_folder, save_tensors, write_file
 from nf4.hosts import tell_hosts
 from nf4.initialize import dense_source, initialize
 from nf4.linear import LinearNF4
@@ -85,7 +85,7 @@ class AdapterFiles:
     Attributes:
         config: of ``adapter_config.json``.
         tensors: of ``adapter_model.safetensors``, by name.
-        metadata: of the latter.
+        metadata: of the latter, beside its format.
     """
 
     config: dict[str, Any]
@@ -95,7 +95,7 @@ class AdapterFiles:
     def write(self, folder: Path) -> None:
         """Write both files into a folder that exists, each whole or not at all."""
         with beside(folder / WEIGHTS_NAME) as file:
-            save_file(self.tensors, file, metadata=self.metadata)
+            save_tensors(self.tensors, file, self.metadata)
         write_file(folder / CONFIG_NAME, json.dumps(self.config, indent=2) + "\n")
 
 
@@ -132,7 +132,7 @@ def adapter_files(
         module = _file_name(name.rpartition(".")[0])
         key = f"{module}.base_layer.bias" if module in layers else _file_name(name)
         tensors[_PREFIX + key] = parameter.detach().cpu().contiguous()
-    metadata = {"format": "pt"}
+    metadata = {}
     if changes is not None:
         config["init_lora_weights"] = changes.kind
         metadata[_FROM_ORIGINAL] = str(changes.from_original)

@@ -1,7 +1,6 @@
 """The dense weights in a model's files, read one at a time: never the whole model in memory."""
 
 import importlib.util
-import json
 import pickle
 import re
 import zipfile
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from nf4.convert import check_skip_modules, is_below
 from nf4.samples import model_path
+from nf4.shards import read_index
 
 # By their names, what is no linear layer though it is a matrix: embeddings
 _EMBEDDINGS = re.compile(
@@ -134,12 +134,7 @@ def weight_files(path: Path, kinds: Iterable[str] = _KINDS) -> list[Path]:
         if whole.is_file():
             return [whole]
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = [path / name for name in sorted(names)]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise FileNotFoundError(f"{index}: expected {missing[0]} beside it, found none")
-            return files
+            return [path / name for name in sorted(set(read_index(index).values()))]
         files = sorted(path.glob(f"*.{kind}"))
         if kind == "gguf" and len(files) > 1 and not all("-of-" in file.name for file in files):
             raise ValueError(f"{path}: expected one .gguf file, got {len(files)}; name the file")

@@ -107,7 +107,7 @@ def make_dense(model: Model) -> Model:
     experts = {n: m for n, m in model.named_modules() if isinstance(m, ExpertsNF4)}
     embeddings = {n: m for n, m in modules.items() if isinstance(m, EmbeddingNF4)}
     inside = tuple(f"{name}." for name in experts)
-    layers = {n: m for n, m in _mergeable(model).items() if not n.startswith(inside or ("\0",))}
+    layers = {n: m for n, m in _mergeable(model).items() if not n.startswith(inside)}
     _check_replaceable({**experts, **embeddings, **layers})
     shared: dict[int, Any] = {}
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nf4 import bitsandbytes_files
 from nf4.functional import to_fragments, to_rows
-from nf4.tensor import PARTS, NF4Tensor
+from nf4.tensor import PARTS, NF4Tensor, is_mark
 
 
 class QuantizedModule(nn.Module):
@@ -117,6 +117,8 @@ class QuantizedModule(nn.Module):
         """
         errors = args[-1]
         found = len(errors)
+        if is_mark(state_dict.get(prefix + "weight")):
+            del state_dict[prefix + "weight"]
         if prefix + "weight" in bitsandbytes_files.weights_in(state_dict):
             try:
                 self._take_bitsandbytes(state_dict, prefix, args[0])

@@ -14,6 +14,20 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("packed", "absmax", "absmax2", "offset")
 
 
+def mark() -> Tensor:
+    """Return what stands in files in the place of a dense weight that is in four bits there.
+
+    A tensor without elements, which fits no dense layer: who reads the files without nf4 is refused
+    by its size, where parts by names that mean nothing would leave the layer with random values.
+    """
+    return torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def is_mark(tensor: Any) -> bool:
+    """Return whether a tensor of a file is a `mark`, and no weight."""
+    return isinstance(tensor, Tensor) and tensor.dtype == torch.uint8 and tensor.shape == (0,)
+
+
 def packed_shape(shape: torch.Size) -> torch.Size:
     """Return the shape of the packed bytes: rows stay rows where the last size is even."""
     if len(shape) and shape[-1] % 2 == 0:

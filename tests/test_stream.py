@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import nf4
-import nf4.stream
+import nf4.rewriting
 from nf4.cli import main
 from nf4.integrations.transformers import NF4Config
 
@@ -30,16 +31,12 @@ def assert_same_bits(source, target, kind, **options) -> None:
 
 
 def assert_same_files(folder, expected) -> None:
-    """Compare tensors, and other files byte for byte: safetensors order their metadata freely."""
-    assert {p.name for p in folder.iterdir()} == {p.name for p in expected.iterdir()}
-    for file in folder.iterdir():
-        other = expected / file.name
-        if file.suffix != ".safetensors":
-            assert file.read_bytes() == other.read_bytes()
-            continue
-        found, tensors = load_file(file), load_file(other)
-        assert set(found) == set(tensors)
-        assert all(torch.equal(tensor, tensors[name]) for name, tensor in found.items())
+    """Compare byte for byte, folders within too."""
+    found, wanted = (
+        {f.relative_to(where): f.read_bytes() for f in where.rglob("*") if f.is_file()}
+        for where in (folder, expected)
+    )
+    assert found == wanted
 
 
 @pytest.mark.parametrize(
@@ -63,6 +60,8 @@ def test_the_bits_are_those_of_from_pretrained(options, source, tmp_path) -> Non
     assert made.bytes_after < made.bytes_before
     assert (tmp_path / "q" / "tokenizer.txt").read_text() == "words"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "q"]
+    names = {p.name for p in source.iterdir()} | {"README.md"}
+    assert {p.name for p in (tmp_path / "q").iterdir()} == names
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "tied"])
@@ -112,15 +111,15 @@ def test_experts_stay_dense_and_the_folder_opens(tmp_path) -> None:
 
 def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:
     written = []
-    write = nf4.stream._write
+    save = nf4.rewriting.save_tensors
 
-    def failing(file, *args) -> None:
+    def failing(tensors, file) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(file.name)
-        write(file, *args)
+        save(tensors, file)
 
-    monkeypatch.setattr(nf4.stream, "_write", failing)
+    monkeypatch.setattr(nf4.rewriting, "save_tensors", failing)
     with pytest.raises(KeyboardInterrupt):
         nf4.quantize_checkpoint(source, tmp_path / "q")
     assert not (tmp_path / "q").exists()
@@ -129,7 +128,7 @@ def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:
     cut.write_bytes(cut.read_bytes()[:-10])  # as if the machine had died
     first, written[:] = list(written), []
     monkeypatch.setattr(
-        nf4.stream, "_write", lambda file, *args: (written.append(file.name), write(file, *args))
+        nf4.rewriting, "save_tensors", lambda t, file: (written.append(file.name), save(t, file))
     )
     nf4.quantize_checkpoint(source, tmp_path / "q")
     everything = sorted(p.name for p in source.glob("*.safetensors"))
@@ -141,13 +140,43 @@ def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:
 
 def test_other_options_begin_anew(source, tmp_path, monkeypatch) -> None:
     rename = os.rename
-    monkeypatch.setattr(nf4.stream.os, "rename", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         nf4.quantize_checkpoint(source, tmp_path / "q", block_size=32)
-    monkeypatch.setattr(nf4.stream.os, "rename", rename)
+    monkeypatch.setattr(os, "rename", rename)
     nf4.quantize_checkpoint(source, tmp_path / "q")
     nf4.quantize_checkpoint(source, tmp_path / "again")
     assert_same_files(tmp_path / "q", tmp_path / "again")
+
+
+def test_a_changed_source_is_read_again(source, tmp_path) -> None:
+    """Even one of the same size and age: files are known by their hash."""
+
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nf4.quantize_checkpoint(source, tmp_path / "q", progress=stop)
+    file = sorted(source.glob("*.safetensors"))[1]
+    stat, data = file.stat(), bytearray(file.read_bytes())
+    middle = (len(data) // 8 + 1000) // 4 * 4
+    data[middle : middle + 400] = bytes(400)
+    file.write_bytes(data)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    nf4.quantize_checkpoint(source, tmp_path / "q")
+    nf4.quantize_checkpoint(source, tmp_path / "again")
+    assert_same_files(tmp_path / "q", tmp_path / "again")
+
+
+def test_the_same_source_gives_the_same_bytes_and_names_no_place(source, tmp_path) -> None:
+    elsewhere = tmp_path / "elsewhere" / "source"
+    shutil.copytree(source, elsewhere)
+    for place, name in ((source, "a"), (elsewhere, "b")):
+        nf4.quantize_checkpoint(place, tmp_path / name)
+    assert_same_files(tmp_path / "a", tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file
 
 
 def test_what_another_run_left_is_neither_taken_nor_kept(source, tiny_llama, tmp_path) -> None:

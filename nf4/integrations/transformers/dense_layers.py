@@ -1,6 +1,8 @@
 """Which tensors of a transformers folder are weights of linear layers, by the model's class."""
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,14 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from nf4.convert import dense_layers
 from nf4.experts import is_experts
 from nf4.integrations.transformers.stored import model_names
 from nf4.linear import is_conv1d
+from nf4.shards import Shards
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def make_plan(
     folder: Path,
     skip_modules: str | Iterable[str] | None,
     options: dict[str, Any],
-    tensors: Iterable[str],
+    shards: Shards,
 ) -> Plan:
     """Return what `NF4Config` would quantize of a folder, but for experts.
 
@@ -90,11 +95,11 @@ def make_plan(
         folder: with a ``config.json``.
         skip_modules: None for what transformers leaves alone.
         options: of `NF4Config`.
-        tensors: names in the files.
+        shards: its weight files.
 
     Raises:
-        ValueError: transformers does not know the model, it is quantized already, or no layer is
-            left to quantize.
+        ValueError: transformers does not know the model, it is quantized already, its files do not
+            hold all of it or tensors of other sizes, or no layer is left to quantize.
     """
     from nf4.integrations.transformers import NF4Config, NF4Quantizer
 
@@ -109,14 +114,88 @@ def make_plan(
         skip_modules = [*skip_modules, *experts]
     config.skip_modules = skip_modules
     inside = tuple(f"{name}." for name in experts)
-    layers = [f for f in _find(model, tensors, skip_modules) if not f.layer.startswith(inside)]
+    layers = [
+        f for f in _find(model, shards.tensors, skip_modules) if not f.layer.startswith(inside)
+    ]
     found = {f.tensor: f.turned for f in layers}
     if not found:
         raise ValueError(
             f"skip_modules: expected to leave a linear layer to quantize, {skip_modules} leaves "
             f"none in {type(model).__name__}"
         )
+    check_complete(model, shards)
     return Plan(found, config.to_dict())
+
+
+# What transformers does to several tensors to make one of them, without losing an element
+_JOINING = ("MergeModulelist", "Concatenate", "Transpose")
+
+
+def check_complete(model: Any, shards: Shards) -> None:
+    """Raise ValueError unless files hold every parameter of a model, in its size.
+
+    Args:
+        model: on meta.
+        shards: the files.
+    """
+    conversions = get_model_conversion_mapping(model)
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    own = model.state_dict()
+    sizes: dict[str, int] = {}
+    for name, held in shards.tensors.items():
+        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        converter = None if pattern is None else by_pattern[pattern]
+        for target in _targets(key, converter):
+            sizes[target] = sizes.get(target, 0) + math.prod(held.shape)
+        if converter is None and key in own and tuple(own[key].shape) != held.shape:
+            raise ValueError(
+                f"{shards.folder / held.file}: {name}: expected shape {tuple(own[key].shape)} for "
+                f"{type(model).__name__}, got {held.shape}"
+            )
+        joins = converter is not None and all(
+            type(operation).__name__ in _JOINING for operation in converter.operations
+        )
+        if not joins:
+            sizes.pop(key, None)
+            sizes[key] = -1  # there, of whatever size
+    _check_sizes(model, shards, sizes)
+
+
+def _targets(key: str, converter: Any) -> list[str]:
+    """Return the names of what a tensor becomes a part of."""
+    patterns = [] if converter is None else list(converter.target_patterns)
+    if len(patterns) < 2 or patterns[0] not in key:
+        return [key]
+    return [key.replace(patterns[0], pattern) for pattern in patterns]
+
+
+def _check_sizes(model: Any, shards: Shards, sizes: Mapping[str, int]) -> None:
+    """Raise ValueError unless each parameter of a model is there, with all its elements.
+
+    Args:
+        model: on meta.
+        shards: the files.
+        sizes: elements found of it, by name; -1 where they are not to be counted.
+    """
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {name for pair in ties.items() if not set(pair).isdisjoint(sizes) for name in pair}
+    ignored = [*(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())]
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found = sizes.get(name)
+        if found is None:
+            if name in tied or any(re.search(pattern, name) for pattern in ignored):
+                continue
+            raise ValueError(
+                f"{shards.folder}: expected {name} of {type(model).__name__} in the files, "
+                "found none"
+            )
+        if found not in (-1, parameter.numel()):
+            raise ValueError(
+                f"{shards.folder}: expected {parameter.numel()} elements of {name} of "
+                f"{type(model).__name__} in the files, found {found}"
+            )
 
 
 def _on_meta(folder: Path) -> Any:

@@ -32,6 +32,7 @@ from nf4.integrations.transformers.stored import (
     Stored,
     check_stored,
     forms_in_model,
+    ignore_marks,
     is_part,
     names_in_model,
     stored_tensors,
@@ -39,7 +40,7 @@ from nf4.integrations.transformers.stored import (
 from nf4.linear import LinearNF4
 from nf4.merging import merge
 from nf4.quantized_module import QuantizedModule
-from nf4.tensor import PARTS, NF4Tensor
+from nf4.tensor import PARTS, NF4Tensor, mark
 
 # transformers asks this of a weight before it draws one; some models name a layer's from outside
 NF4Tensor._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -108,6 +109,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config = self.quantization_config
         self.stored = stored_tensors(checkpoint_files)
+        ignore_marks(self.stored, model)
         if config.skip_modules is None:
             config.skip_modules = self._default_skip(model)
         if config.quantize_embeddings:
@@ -236,6 +238,17 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)
 
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what `save_pretrained` writes: with a mark that only nf4 passes over."""
+        state: dict[str, Any] = model.state_dict()
+        tied = {id(m) for n, m in model.named_modules() if f"{n}.packed" in _ties_of(model)}
+        linear = (n for n, m in model.named_modules() if type(m) is LinearNF4 and id(m) not in tied)
+        inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, ExpertsNF4))
+        first = next((name for name in linear if name and not name.startswith(inside)), None)
+        if first is not None:
+            state[f"{first}.weight"] = mark()
+        return state, {}
+
     def is_serializable(self, **kwargs: Any) -> bool:
         """Return True: `save_pretrained` writes what `from_pretrained` opens."""
         return True
@@ -263,6 +276,12 @@ def describe(config: NF4Config, model: nn.Module) -> None:
     config.block_size, config.double_quant = usual = forms.most_common(1)[0][0]
     found = {n: (m.block_size, m.double_quant) for n, m in held.items()}
     config.forms = {n: list(form) for n, form in found.items() if form != usual} or None
+
+
+def _ties_of(model: Any) -> set[str]:
+    """Return the names of parts that are tied to others."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name for pair in ties.items() for name in pair}
 
 
 def _is_ours(conversion: Any) -> bool:

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 
 from nf4.adapted import AdaptedLayer, adapted_layers
 from nf4.adapters import adapter_names
+from nf4.card import add_card
 from nf4.checkpoint import CONFIG_NAME, AdapterFiles, adapter_files, restore_adapter
 from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.host import settle
+from nf4.integrations.transformers.quantizer import NF4Quantizer
 
 
 def install() -> None:
@@ -32,21 +34,24 @@ def install() -> None:
     @functools.wraps(shipped)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         settle(self)
-        if not adapted_layers(self):
-            with config_of_its_own(self):
-                return shipped(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        files = _files_of(self)
-        if given.arguments["push_to_hub"]:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        adapted = bool(adapted_layers(self))
+        files = _files_of(self) if adapted else {}
+        if adapted and given["push_to_hub"]:
             raise ValueError(
                 "push_to_hub: expected False for a model with nf4's adapters, got True; save the "
                 "folder, and upload it with `hf upload REPOSITORY FOLDER`"
             )
         with config_of_its_own(self), ignoring_adapters(self):
             result = shipped(self, *args, **kwargs)
-        if given.arguments["is_main_process"]:
-            _write(files, Path(given.arguments["save_directory"]))
+        if given["is_main_process"]:
+            _write(files, Path(given["save_directory"]))
+            quantizer = getattr(self, "hf_quantizer", None)
+            alone = getattr(self, "_hf_peft_config_loaded", False)  # PEFT's adapter, and no base
+            if isinstance(quantizer, NF4Quantizer) and not alone and not given["push_to_hub"]:
+                add_card(Path(given["save_directory"]), quantizer.quantization_config.to_dict())
         return result
 
     save_pretrained.knows_nf4 = True  # type: ignore[attr-defined]
@@ -90,6 +95,9 @@ def config_of_its_own(model: Any) -> Iterator[None]:
 @contextmanager
 def ignoring_adapters(model: Any) -> Iterator[None]:
     """Let transformers leave adapters out of a model's state dict within a ``with`` block."""
+    if not adapted_layers(model):
+        yield
+        return
     own = {
         id(parameter)
         for layer in adapted_layers(model)

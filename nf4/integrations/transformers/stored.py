@@ -1,5 +1,6 @@
 """Look at a checkpoint's files before a model is filled from them, and say what does not fit."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,26 @@ def stored_tensors(files: Iterable[str] | None) -> dict[str, Stored]:
 def is_part(name: str) -> bool:
     """Return whether a tensor's name is that of a part of a 4-bit weight."""
     return name.rpartition(".")[2] in PARTS
+
+
+def ignore_marks(stored: dict[str, Stored], model: Any) -> None:
+    """Pass over what stands in files for dense weights that are in four bits there.
+
+    Args:
+        stored: what files hold; marks are taken out.
+        model: transformers is told to expect them.
+    """
+    marks = [n for n, t in stored.items() if n.endswith(".weight") and (t.shape, t.dtype) == _MARK]
+    if not marks:
+        return
+    for name in marks:
+        del stored[name]
+    known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    names = {f"{re.escape(name)}$" for name in model_names(marks, model).values()}
+    model._keys_to_ignore_on_load_unexpected = {*known, *names}
+
+
+_MARK = ((0,), "U8")
 
 
 def names_in_model(stored: Mapping[str, Stored], model: Any) -> dict[str, Stored]:
