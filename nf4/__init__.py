@@ -15,6 +15,7 @@ from nf4.convert import quantize_model
 from nf4.dispatch import explain
 from nf4.embedding import EmbeddingNF4
 from nf4.error import model_error, quantization_error
+from nf4.export import export_checkpoint
 from nf4.functional import (
     dequantize,
     embedding,
@@ -49,6 +50,7 @@ __all__ = [
     "embedding",
     "expected_error",
     "explain",
+    "export_checkpoint",
     "from_bitsandbytes",
     "linear",
     "load_adapter",

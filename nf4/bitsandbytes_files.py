@@ -131,9 +131,14 @@ def to_bitsandbytes(
         it was. Embeddings, which bitsandbytes' files do not have in 4 bits, become dense.
 
     Raises:
-        TypeError: dtype is not float32, float16 or bfloat16.
+        TypeError: state_dict is no mapping, or dtype not float32, float16 or bfloat16.
         ValueError: a weight's tensors do not fit together.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"state_dict: expected tensors by name, got {type(state_dict).__name__}; for a folder "
+            "see nf4.export_checkpoint"
+        )
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"dtype: expected float32, float16 or bfloat16, got {dtype}")
     metadata = getattr(state_dict, "_metadata", {})

@@ -3,8 +3,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
     demo.set_defaults(run=_demo)
     _add_quantize(commands)
+    _add_export(commands)
     _add_error(commands)
     add_bench(commands)
     add_compare(commands, _free_folder)
@@ -116,18 +117,26 @@ def _add_quantize(commands: Any) -> None:
     quantize.set_defaults(run=_quantize)
 
 
-def _quantize(options: argparse.Namespace) -> None:
+@contextmanager
+def _file_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield what moves a bar of files on, which is not shown before what was asked is checked."""
     from nf4.progress import progress_bar
-    from nf4.stream import quantize_checkpoint
 
     with ExitStack() as stack:
         bars: list[Any] = []
 
         def step(done: int, total: int) -> None:
-            if not bars:  # not before what was asked for has been checked
-                bars.append(stack.enter_context(progress_bar("Quantize files", total)))
+            if not bars:
+                bars.append(stack.enter_context(progress_bar(title, total)))
             bars[0].step()
 
+        yield step
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from nf4.stream import quantize_checkpoint
+
+    with _file_bar("Quantize files") as step:
         made = quantize_checkpoint(
             options.source,
             options.target,
@@ -142,6 +151,34 @@ def _quantize(options: argparse.Namespace) -> None:
         return
     sizes = f"{made.bytes_before / 1e6:,.1f} MB became {made.bytes_after / 1e6:,.1f} MB"
     sys.stdout.write(f"{made.layers} layers quantized; {sizes} in {options.target}\n")
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a folder of 4-bit weights in the files of another program",
+        description="Write a folder that nf4 saved in four bits as bitsandbytes' files, with a "
+        "config by which transformers and servers open it without nf4. Codes and scales stay as "
+        "they are; embeddings, and experts of a mixture, become dense.",
+    )
+    export.add_argument("source", help="folder with 4-bit weights of nf4")
+    export.add_argument("target", help="folder to make, must not exist")
+    export.add_argument("--format", required=True, help="bitsandbytes")
+    export.add_argument("--json", action="store_true", help="print the result as JSON")
+    export.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from nf4.export import export_checkpoint
+
+    with _file_bar("Export files") as step:
+        made = export_checkpoint(options.source, options.target, options.format, step)
+    if options.json:
+        sys.stdout.write(json.dumps(asdict(made)) + "\n")
+        return
+    dense = f", {made.dense} became dense" if made.dense else ""
+    size = f"{made.bytes_after / 1e6:,.1f} MB"
+    sys.stdout.write(f"{made.layers} layers in four bits{dense}; {size} in {options.target}\n")
 
 
 def _add_error(commands: Any) -> None:

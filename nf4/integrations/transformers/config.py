@@ -24,8 +24,8 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         double_quant: quantize the scales to 8 bits too.
         skip_modules: modules to leave dense, as in `nf4.quantize_model`. By default what
             transformers leaves alone: the output layer, and what is tied to the embeddings.
-        stored_as: what wrote the weights, of a checkpoint that is quantized: "nf4" or
-            "bitsandbytes".
+        stored_as: what wrote the weights, of a checkpoint that is quantized already: "nf4" or
+            "bitsandbytes", which no dense model can be asked to become.
         quantize_embeddings: quantize the embeddings of tokens too, and with them an output layer
             that is tied to them.
         codebook: "nf4", the only one; a checkpoint says so.

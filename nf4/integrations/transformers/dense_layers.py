@@ -50,7 +50,7 @@ def find(
         tensor each are layers each.
     """
     try:
-        model = _on_meta(folder)
+        model = model_on_meta(folder)
     except ValueError:  # of another library, or with code of its own
         return None
     return _find(model, tensors, skip_modules)
@@ -103,7 +103,7 @@ def make_plan(
     """
     from nf4.integrations.transformers import NF4Config, NF4Quantizer
 
-    model = _on_meta(folder)
+    model = model_on_meta(folder)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{folder}: expected a dense model, its config has a quantization_config")
     config = NF4Config(**options)
@@ -198,7 +198,7 @@ def _check_sizes(model: Any, shards: Shards, sizes: Mapping[str, int]) -> None:
             )
 
 
-def _on_meta(folder: Path) -> Any:
+def model_on_meta(folder: Path) -> Any:
     """Return the model of a folder without its weights; code in the folder is not run.
 
     Raises:

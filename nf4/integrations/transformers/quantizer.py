@@ -73,7 +73,13 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         self.errors.append(message)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse to leave quantized layers on the disk."""
+        """Refuse what cannot be done, before anything is loaded."""
+        if not self.pre_quantized and self.quantization_config.stored_as != METHOD:
+            raise ValueError(
+                "stored_as: expected 'nf4' for a dense model, got 'bitsandbytes', which says what "
+                "wrote a checkpoint; save the model, and write its files as bitsandbytes' by "
+                "nf4.export_checkpoint or `nf4 export --format bitsandbytes SOURCE TARGET`"
+            )
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
                 f"device_map: expected devices for the 4-bit weights, got 'disk' in {device_map}"
