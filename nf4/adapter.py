@@ -80,9 +80,16 @@ class Term(Protocol):
         """
 
 
-def compute(x: Tensor, base: Base, terms: Sequence[Term]) -> Tensor:
-    """Return the output of a layer with terms on it, the last one outermost."""
-    below: Below = base
+def compute(x: Tensor, base: Base, terms: Sequence[Term], below: Below | None = None) -> Tensor:
+    """Return the output of a layer with terms on it, the last one outermost.
+
+    Args:
+        x: floating ``[..., K]``.
+        base: the layer's product.
+        terms: in turn.
+        below: what computes the layer without terms, where more is done than the product.
+    """
+    below = base if below is None else below
     for term in terms:
         below = _over(term, below, base)
     return below(x)
@@ -92,31 +99,35 @@ def _over(term: Term, below: Below, base: Base) -> Below:
     return lambda x: term.apply(x, below, base)
 
 
-def compute_mixed(x: Tensor, base: Base, terms: Sequence[Term | None]) -> Tensor:
+def compute_mixed(
+    x: Tensor, base: Base, terms: Sequence[Term | None], below: Below | None = None
+) -> Tensor:
     """Return the output of a batch whose samples have a term each, or none.
 
     Args:
         x: floating ``[samples, ..., K]``.
         base: the product beneath.
         terms: one entry a sample.
+        below: as for `compute`.
 
     Raises:
         ValueError: the number of terms is not that of samples.
     """
     if len(terms) != len(x):
         raise ValueError(f"expected one adapter for each of {len(x)} samples, got {len(terms)}")
-    y = known = base(x)
+    below = base if below is None else below
+    y = known = below(x)
     for term in {id(t): t for t in terms if t is not None}.values():
         of_term = [i for i, wanted in enumerate(terms) if wanted is term]
         rows = torch.tensor(of_term, device=x.device)
         part = x[rows]
-        y = y.index_copy(0, rows, term.apply(part, _known(part, known[rows], base), base))
+        y = y.index_copy(0, rows, term.apply(part, _known(part, known[rows], below), base))
     return y
 
 
-def _known(x: Tensor, y: Tensor, base: Base) -> Below:
-    """Return base as a function that knows its value for x."""
-    return lambda wanted: y if wanted is x else base(wanted)
+def _known(x: Tensor, y: Tensor, below: Below) -> Below:
+    """Return a function that knows its value for x."""
+    return lambda wanted: y if wanted is x else below(wanted)
 
 
 @torch.no_grad()

@@ -1,13 +1,12 @@
 """Checks of the arguments of `nf4.functional`: each names what was expected and what came."""
 
-import math
 import operator
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nf4.codebook import BLOCK_SIZES
+from nf4.codebook import BLOCK_SIZES, LARGEST_ABSMAX
 from nf4.tensor import DTYPES, NF4Tensor, check_nf4
 
 SCALES = ("absmax", "mse", "mse-positive")
@@ -17,8 +16,9 @@ def check_weight(w: Tensor, name: str) -> None:
     """Raise TypeError unless w is a dense tensor that can be quantized."""
     if not isinstance(w, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(w).__name__}")
-    if w.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {w.layout}")
+    if w.layout != torch.strided or w.is_nested:
+        kind = "a nested tensor" if w.is_nested else f"layout {w.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if w.dtype not in DTYPES:
         raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16, got {w.dtype}")
 
@@ -40,6 +40,15 @@ def check_int(value: int, name: str, least: int, most: int | None = None) -> Non
     if value < least or (most is not None and value > most):
         wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name}: expected an int {wanted}, got {value}")
+
+
+def check_number(value: float, name: str) -> None:
+    """Raise TypeError or ValueError unless value is a number that fp32 can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not abs(value) <= LARGEST_ABSMAX:  # also for integers beyond every float
+        said = f"an int of {value.bit_length()} bits" if isinstance(value, int) else value
+        raise ValueError(f"{name}: expected a finite number that float32 can hold, got {said}")
 
 
 def check_scale(scale: str) -> str:
@@ -103,6 +112,8 @@ def check_quantize_out(out: NF4Tensor, w: Tensor, block_size: int, double_quant:
         raise ValueError(f"out: expected an NF4Tensor in rows, got layout {out.layout!r}")
     if not all(part.is_contiguous() for part in out.tensors()):
         raise ValueError("out: expected contiguous parts, got strided ones")
+    if any(part.is_neg() for part in out.tensors()):
+        raise ValueError("out: expected parts of their own, got views that are to be negated")
 
 
 def check_dequantize_out(out: Tensor, q: NF4Tensor, dtype: torch.dtype | None) -> None:
@@ -149,7 +160,9 @@ def check_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"bias: expected shape ({q.shape[0]},), got {tuple(bias.shape)}")
 
 
-def check_lora(x: Tensor, q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
+def check_lora(
+    x: Tensor, q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+) -> None:
     """Raise unless a low-rank term fits a weight."""
     check_floating(lora_A, "lora_A", q)
     check_floating(lora_B, "lora_B", q)
@@ -160,10 +173,17 @@ def check_lora(x: Tensor, q: NF4Tensor, lora_A: Tensor, lora_B: Tensor, scaling:
         raise ValueError(
             f"lora_B: expected shape ({n}, {lora_A.shape[0]}), got {tuple(lora_B.shape)}"
         )
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
-        raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
-    if not math.isfinite(scaling):
-        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+    if not isinstance(scaling, Tensor):
+        check_number(scaling, "scaling")
+        return
+    if scaling.ndim or scaling.is_complex() or scaling.dtype == torch.bool:
+        raise ValueError(
+            f"scaling: expected a number, got a tensor {tuple(scaling.shape)} of {scaling.dtype}"
+        )
+    if scaling.device not in (q.packed.device, torch.device("cpu")):
+        raise ValueError(
+            f"scaling: expected device {q.packed.device} or the CPU, got {scaling.device}"
+        )
 
 
 def check_no_tangent(*tensors: Tensor | None) -> None:

@@ -34,6 +34,7 @@ ABSMAX_BLOCK_SIZE = 256
 ABSMAX_ZERO_CODE = 127
 # A block of fp32 subnormals quantizes as zero: the reciprocal of its absmax may overflow.
 SMALLEST_ABSMAX = 2.0**-126
+LARGEST_ABSMAX = (2 - 2.0**-23) * 2.0**127  # fp32's largest: a scale is never rounded to infinity
 
 
 def derive_nf4_levels() -> Tensor:

@@ -8,7 +8,6 @@ Source: Mixtral (https://arxiv.org/abs/2401.04088, section 2.1).
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
 from nf4.adapted import AdaptedLayer
-from nf4.adapter import Base, Below, Term, compute
-from nf4.linear import LinearNF4
+from nf4.adapter import Base, Term, compute
+from nf4.linear import LinearNF4, does_more
 
 PARTS = ("gate_up_proj", "down_proj")
 ExpertTerm = Callable[[int], Term]  # what an adapter computes on the expert of a number
@@ -121,12 +120,7 @@ class ExpertsNF4(nn.Module):
             y: Tensor = layer(x)
             return y
         base = layer_product(layer)
-        if type(layer) is LinearNF4 and not layer._forward_hooks:
-            return compute(x, base, terms)
-        below: Below = layer
-        for term in terms:
-            below = partial(term.apply, below=below, base=base)
-        return below(x)
+        return compute(x, base, terms, layer if does_more(layer) else None)
 
     @torch.no_grad()
     def merge(self, part: str, terms: Sequence["ExpertTerm"]) -> None:

@@ -135,6 +135,9 @@ def dequantize(
     check_nf4(q)
     if out is not None:
         check_dequantize_out(out, q, dtype)
+        if out.is_neg():  # a view that is to be negated
+            out.copy_(dequantize(q, out.dtype))
+            return out
         weight = q.parts()
         call("dequantize_out", *weight, q.block_size, out.detach(), q.layout)
         return out
@@ -314,7 +317,7 @@ def lora_linear(
     q: NF4Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
-    scaling: float = 1.0,
+    scaling: float | Tensor = 1.0,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
@@ -330,7 +333,8 @@ def lora_linear(
         q: quantized W ``[N, K]``.
         lora_A: floating ``[r, K]``, rounded to the dtype of x.
         lora_B: floating ``[N, r]``, rounded to the dtype of x.
-        scaling: factor of the low-rank term, in PEFT lora_alpha / r.
+        scaling: factor of the low-rank term, in PEFT lora_alpha / r. A tensor ``[]`` is multiplied
+            into lora_B in fp32, and its value never asked for.
         bias: floating ``[N]`` or None.
         dropout_p: probability of dropping an element of x before lora_A, in [0, 1).
         seed: int64 ``[]``, fixes the dropout mask; drawn from torch's generator by default.
@@ -354,6 +358,8 @@ def lora_linear(
         seed = None
     elif seed is None:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
+    if isinstance(scaling, Tensor):
+        lora_B, scaling = times_scaling(lora_B, scaling), 1.0
     x = _autocast(x)
     y, _ = call(
         "lora_linear",
@@ -374,6 +380,11 @@ def lora_linear(
     )
     out: Tensor = y.view(*x.shape[:-1], q.shape[0])
     return out
+
+
+def times_scaling(lora_B: Tensor, scaling: Tensor) -> Tensor:
+    """Return lora_B times a tensor ``[]``, in fp32 or fp64, without waiting for its value."""
+    return lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from nf4.adapted import AdaptedLayer, check_adapter_name
 from nf4.adapter import Adapter, Base, Folded
@@ -41,6 +42,20 @@ def dense_weight(module: nn.Module) -> Tensor:
     raise TypeError(
         f"expected torch.nn.Linear or transformers' Conv1D, got {type(module).__name__}"
     )
+
+
+def does_more(layer: nn.Module) -> bool:
+    """Return whether calling a layer does more than the product of a `LinearNF4`.
+
+    It has hooks, a forward of its own (as accelerate's offloading gives it), or is another layer.
+    """
+    if type(layer) is not LinearNF4 or "forward" in vars(layer):
+        return True
+    hooked: bool = _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return hooked or any(getattr(layer, hooks) for hooks in _HOOKS)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -26,8 +26,8 @@ from nf4.adapter import (
     check_plain,
     single,
 )
-from nf4.checks import check_dropout, check_int
-from nf4.functional import dequantize_rows, lora_linear
+from nf4.checks import check_dropout, check_int, check_number
+from nf4.functional import dequantize_rows, lora_linear, times_scaling
 from nf4.operators import WEIGHT
 from nf4.registry import call, define
 from nf4.tensor import NF4Tensor
@@ -73,7 +73,7 @@ class LowRank:
     Attributes:
         lora_A: floating ``[r, K]``.
         lora_B: floating ``[N, r]``.
-        scaling: s.
+        scaling: s; PEFT's may be a tensor ``[]``, whose value need not be waited for.
         dropout_p: probability of dropping an element of the adapter's input.
         magnitude: floating ``[N]``, the length of each row of the weight, for DoRA.
         bias: floating ``[N]``, what is added to the adapter's output before scaling.
@@ -81,7 +81,7 @@ class LowRank:
 
     lora_A: Tensor
     lora_B: Tensor
-    scaling: float
+    scaling: float | Tensor
     dropout_p: float = 0.0
     magnitude: Tensor | None = None
     bias: Tensor | None = None
@@ -101,6 +101,11 @@ class LowRank:
         dropped = dropout(x, self.dropout_p)
         update = dense_linear(dense_linear(dropped.to(y.dtype), a), b) * self.scaling
         if self.magnitude is not None:
+            if base.weight.device != y.device:
+                raise ValueError(
+                    f"DoRA: expected the base weight on {y.device}, where its output is, got it on "
+                    f"{base.weight.device}: offloaded layers take LoRA without DoRA"
+                )
             if self.dropout_p:
                 y = Base(base.weight)(dropped)
             elif base.bias is not None:
@@ -119,7 +124,8 @@ class LowRank:
         """
         if self.bias is not None:
             raise ValueError("expected adapters without a bias to merge, got one with lora_bias")
-        w = w.addmm_(self.lora_B.to(w.dtype), self.lora_A.to(w.dtype), alpha=self.scaling)
+        scaling = float(self.scaling)
+        w = w.addmm_(self.lora_B.to(w.dtype), self.lora_A.to(w.dtype), alpha=scaling)
         if self.magnitude is not None:
             ratio = self.magnitude.float() / weight_norm(base.weight, self)
             w = w.mul_(ratio[:, None])
@@ -143,9 +149,13 @@ def weight_norm(weight: NF4Tensor | Tensor, adapter: LowRank | None = None) -> T
         float32 ``[N]``.
     """
     low: tuple[Tensor | None, Tensor | None] = (None, None)
+    scaling = 0.0
     if adapter is not None:
-        low = (adapter.lora_A.detach(), adapter.lora_B.detach())
-    scaling = 0.0 if adapter is None else float(adapter.scaling)
+        a, b = adapter.lora_A.detach(), adapter.lora_B.detach()
+        if isinstance(adapter.scaling, Tensor):
+            low, scaling = (a, times_scaling(b, adapter.scaling.detach())), 1.0
+        else:
+            low, scaling = (a, b), adapter.scaling
     if not isinstance(weight, NF4Tensor):
         w = weight.detach().float()
         return _lengths(w.square().sum(dim=1), lambda a: w @ a.T, *low, scaling)
@@ -365,10 +375,9 @@ def check_lora_options(
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     check_int(r, "r", 1)
-    if isinstance(lora_alpha, bool) or not isinstance(lora_alpha, int | float):
-        raise TypeError(f"lora_alpha: expected a number, got {type(lora_alpha).__name__}")
-    if not math.isfinite(lora_alpha) or lora_alpha <= 0:
-        raise ValueError(f"lora_alpha: expected a finite number above 0, got {lora_alpha}")
+    check_number(lora_alpha, "lora_alpha")
+    if lora_alpha <= 0:
+        raise ValueError(f"lora_alpha: expected a number above 0, got {lora_alpha}")
     check_dropout(lora_dropout, "lora_dropout")
 
 

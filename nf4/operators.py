@@ -34,14 +34,55 @@ def _no_double_backward(ctx: Any, *grads: Tensor | None) -> None:
 # --- quantize
 
 
+_SLAB = 2**22  # elements of a strided tensor that are made contiguous at a time: whole blocks
+
+
 def _quantize(w: Tensor, block_size: int, check: bool) -> tuple[Tensor, Tensor]:
-    return _checked(w, check, *run("quantize", w, w, block_size))
+    return _checked(w, check, *_in_slabs("quantize", w, block_size))
 
 
 def _quantize_mse(
     w: Tensor, block_size: int, signed: bool, weights: Tensor | None, check: bool
 ) -> tuple[Tensor, Tensor]:
-    return _checked(w, check, *run("quantize_mse", w, w, block_size, signed, weights))
+    return _checked(w, check, *_in_slabs("quantize_mse", w, block_size, signed, weights))
+
+
+def _in_slabs(
+    op: str,
+    w: Tensor,
+    block_size: int,
+    *options: Any,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Quantize w; a strided one a slab at a time, so that no whole copy of it is held."""
+    parts: tuple[Tensor, Tensor]
+    if w.numel() <= _SLAB or w.is_contiguous():
+        parts = run(op, w, w, block_size, *options, out)
+        return parts
+    packed, absmax = _quantize_fake(w, block_size) if out is None else out
+    n, k = w.numel(), w.shape[-1]
+    for start in range(0, n, _SLAB):
+        stop = min(start + _SLAB, n)
+        slab, own = _flat(w, start, stop), options
+        if options and options[1] is not None:  # weights of columns
+            own = (options[0], options[1][torch.arange(start, stop, device=w.device) % k])
+        codes = packed[start // 2 : -(-stop // 2)]
+        scales = absmax[start // block_size : -(-stop // block_size)]
+        run(op, slab, slab, block_size, *own, (codes, scales))
+    return packed, absmax
+
+
+def _flat(w: Tensor, start: int, stop: int) -> Tensor:
+    """Return ``w.reshape(-1)[start:stop]`` without a copy of what lies outside."""
+    if w.ndim == 1:
+        return w[start:stop]
+    row = w.numel() // len(w)
+    first, last = start // row, (stop - 1) // row
+    if first == last:
+        return _flat(w[first], start - first * row, stop - first * row)
+    head = _flat(w[first], start - first * row, row)
+    tail = _flat(w[last], 0, stop - last * row)
+    return torch.cat([head, w[first + 1 : last].reshape(-1), tail])
 
 
 def _checked(w: Tensor, check: bool, packed: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +107,7 @@ def _quantize_out(w: Tensor, block_size: int, check: bool, packed: Tensor, absma
         for target, value in zip(out, _quantize(w, block_size, check), strict=True):
             target.copy_(value)
     else:
-        run("quantize", w, w, block_size, out)
+        _in_slabs("quantize", w, block_size, out=out)
 
 
 def _quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:

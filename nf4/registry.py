@@ -70,7 +70,8 @@ def call(name: str, *args: Any) -> Any:
     """Call an operator, past PyTorch's dispatcher where nobody asks for it.
 
     The dispatcher costs more than some kernels take, with gradients 150 us. It is needed for
-    subclasses and modes (fake tensors, torch.compile, torch.func), and while tracing.
+    subclasses and modes (fake tensors, torch.compile, torch.func), while tracing, and to make
+    views that are to be negated what they stand for.
     """
     compute, eager, operator = _OPERATORS[name]
     if (
@@ -85,6 +86,8 @@ def call(name: str, *args: Any) -> Any:
     for a in args:
         kind = type(a)
         if kind in _PLAIN:
+            if a.is_neg():
+                return operator(*args)
             found = found or (grad and a.requires_grad)
         elif kind not in _NO_TENSORS and isinstance(a, Tensor):
             return operator(*args)

@@ -28,6 +28,13 @@ def is_mark(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.dtype == torch.uint8 and tensor.shape == (0,)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether scales are finite numbers, as far as a tensor has values to look at."""
+    if type(tensor) not in _PLAIN or tensor.is_meta or not tensor.is_floating_point():
+        return True
+    return bool(tensor.isfinite().all())
+
+
 def packed_shape(shape: torch.Size) -> torch.Size:
     """Return the shape of the packed bytes: rows stay rows where the last size is even."""
     if len(shape) and shape[-1] % 2 == 0:
@@ -156,7 +163,8 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
 
     Raises:
         TypeError: q is no NF4Tensor, or a part has another dtype than the format's.
-        ValueError: a part has another shape or device than q.shape and q.block_size ask for.
+        ValueError: a part has another shape or device than q.shape and q.block_size ask for, or
+            wants a gradient where gradients are kept.
     """
     if not isinstance(q, NF4Tensor):
         raise TypeError(f"{name}: expected an NF4Tensor, got {type(q).__name__}")
@@ -169,8 +177,8 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
         q.__dict__["_checked"] = places
 
 
-def _places(q: NF4Tensor) -> tuple[int, ...] | None:
-    """Return where the parts of q lie, and their sizes; None if unknown.
+def _places(q: NF4Tensor) -> tuple[Any, ...] | None:
+    """Return where the parts of q lie, their sizes and dtypes; None if unknown.
 
     While these stay the same, what was checked holds.
     """
@@ -179,12 +187,23 @@ def _places(q: NF4Tensor) -> tuple[int, ...] | None:
     packed, absmax, absmax2, offset = q.packed, q.absmax, q.absmax2, q.offset
     if type(packed) not in _PLAIN or type(absmax) not in _PLAIN:
         return None
-    own = packed.data_ptr(), packed.numel(), absmax.data_ptr(), absmax.numel()
+    if absmax.requires_grad:
+        return None
+    own = (
+        *(packed.data_ptr(), packed.numel(), packed.dtype),
+        *(absmax.data_ptr(), absmax.numel(), absmax.dtype),
+    )
     if absmax2 is None or offset is None:
         return own
     if type(absmax2) not in _PLAIN or type(offset) not in _PLAIN:
         return None
-    return (*own, absmax2.data_ptr(), offset.data_ptr(), absmax2.numel())
+    if absmax2.requires_grad or offset.requires_grad:
+        return None
+    return (
+        *own,
+        *(absmax2.data_ptr(), absmax2.numel(), absmax2.dtype),
+        *(offset.data_ptr(), offset.numel(), offset.dtype),
+    )
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}  # others may lie nowhere
@@ -222,4 +241,9 @@ def _check_parts(q: NF4Tensor, name: str) -> None:
         if tensor.device != q.packed.device:
             raise ValueError(
                 f"{name}.{part}: expected device {q.packed.device} like packed, got {tensor.device}"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}.{part}: expected a tensor that needs no gradient, for none flows to a "
+                "4-bit weight, got one that does; train adapters, or call requires_grad_(False)"
             )

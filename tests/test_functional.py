@@ -161,7 +161,43 @@ BAD_CALLS = {
     "lora_scaling_nan": (
         lambda: nf4.lora_linear(X, Q, A, B, float("nan")),
         ValueError,
-        "scaling: expected a finite number, got nan",
+        "scaling: expected a finite number that float32 can hold, got nan",
+    ),
+    "lora_scaling_1e39": (lambda: nf4.lora_linear(X, Q, A, B, 1e39), ValueError, "got 1e.39"),
+    "lora_scaling_of_400_digits": (
+        lambda: nf4.lora_linear(X, Q, A, B, 10**400),
+        ValueError,
+        "scaling: expected a finite number that float32 can hold, got an int of 1329 bits",
+    ),
+    "lora_scaling_vector": (
+        lambda: nf4.lora_linear(X, Q, A, B, torch.ones(2)),
+        ValueError,
+        r"scaling: expected a number, got a tensor \(2,\) of torch.float32",
+    ),
+    "lora_scaling_device": (
+        lambda: nf4.lora_linear(X, Q, A, B, torch.ones((), device="meta")),
+        ValueError,
+        "scaling: expected device cpu or the CPU, got meta",
+    ),
+    "lora_alpha_1e39": (
+        lambda: nf4.QLoRALinear(64, 8, lora_alpha=1e39),
+        ValueError,
+        "lora_alpha: expected a finite number that float32 can hold",
+    ),
+    "nf4_wants_a_gradient": (
+        lambda: nf4.linear(X, dataclasses.replace(Q, offset=Q.offset.clone().requires_grad_())),
+        ValueError,
+        "q.offset: expected a tensor that needs no gradient, for none flows to a 4-bit weight",
+    ),
+    "w_nested": (
+        lambda: nf4.quantize(torch.nested.nested_tensor([W, X], layout=torch.jagged)),
+        TypeError,
+        "w: expected a dense tensor, got a nested tensor",
+    ),
+    "quantize_out_negated": (
+        lambda: nf4.quantize(W, out=dataclasses.replace(Q, offset=torch._neg_view(Q.offset))),
+        ValueError,
+        "out: expected parts of their own, got views that are to be negated",
     ),
     "linear_x_float8": (
         lambda: nf4.linear(X.to(torch.float8_e4m3fn), Q),
@@ -227,6 +263,93 @@ def test_wrong_argument_is_named(case) -> None:
     call, kind, message = BAD_CALLS[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_a_weight_whose_parts_change_is_checked_again() -> None:
+    q = nf4.quantize(W, double_quant=False)
+    nf4.linear(X, q)
+    q.absmax.data = q.absmax.data.view(torch.int32)
+    with pytest.raises(TypeError, match="q.absmax: expected torch.float32, got torch.int32"):
+        nf4.linear(X, q)
+    q = nf4.quantize(W, double_quant=False)
+    q.absmax.requires_grad_()
+    with torch.no_grad():
+        nf4.linear(X, q)  # nothing is lost here
+    with pytest.raises(ValueError, match="q.absmax: expected a tensor that needs no gradient"):
+        nf4.linear(X, q)
+
+
+def negated(t: torch.Tensor) -> torch.Tensor:
+    """Return -t as a view, whose bytes are those of t."""
+    return torch._neg_view(t)
+
+
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
+def test_a_negated_view_is_quantized_as_what_it_stands_for(scale) -> None:
+    found, expected = (nf4.quantize(w, scale=scale) for w in (negated(W), -W))
+    assert all(map(torch.equal, found.tensors(), expected.tensors()))
+    out = negated(torch.zeros(8, 64))
+    assert torch.equal(nf4.dequantize(Q, out=out), nf4.dequantize(Q)) and out.is_neg()
+
+
+def test_negated_views_are_multiplied_as_what_they_stand_for() -> None:
+    results = []
+    for minus in (negated, torch.neg):
+        x, a, b = (t.clone().requires_grad_() for t in (X, A, B))
+        bias = torch.arange(8.0)
+        y = nf4.lora_linear(minus(x), Q, minus(a), minus(b), 2.0, minus(bias))
+        y = y + nf4.linear(minus(x), Q, minus(bias))
+        y.backward(minus(torch.ones_like(y)))
+        results.append((y, x.grad, a.grad, b.grad))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scaling_may_be_a_tensor_whose_value_is_never_asked_for(dtype, monkeypatch) -> None:
+    def gradients(scaling):
+        x, a, b = (t.to(dtype, copy=True).requires_grad_() for t in (X, A, B))
+        y = nf4.lora_linear(x, Q, a, b, scaling)
+        y.sum().backward()
+        return y, x.grad, a.grad, b.grad
+
+    expected = gradients(0.25)
+    with monkeypatch.context() as patch:
+        for method in ("item", "__float__", "__bool__", "tolist"):
+            patch.setattr(torch.Tensor, method, lambda *_: pytest.fail("waits for a value"))
+        found = gradients(torch.tensor(0.25))
+    assert all(map(torch.equal, found, expected))  # a power of two is exact
+
+
+@pytest.mark.parametrize("slab", [64, 128, 8192])
+@pytest.mark.parametrize("scale", ["absmax", "mse"])
+def test_a_strided_weight_is_quantized_without_a_whole_copy(scale, slab, monkeypatch) -> None:
+    from nf4 import operators
+
+    run, sizes = operators.run, []
+    monkeypatch.setattr(operators, "_SLAB", slab)
+    monkeypatch.setattr(
+        operators, "run", lambda op, w, *args: (sizes.append((op, w)), run(op, w, *args))[1]
+    )
+    w, experts = torch.randn(130, 258), torch.randn(3, 96, 130)
+    views = {
+        "transposed": w.t(),
+        "columns": w[:, 3:200],
+        "one row": w.t()[None],
+        "experts": experts.transpose(1, 2),
+        "a column": torch.randn(9000, 2)[:, 0],
+        "expanded": w.expand(3, 130, 258)[..., ::2],
+    }
+    for view in views.values():
+        columns = torch.rand(view.shape[-1]) if scale == "mse" else None
+        expected = nf4.quantize(view.contiguous(), scale=scale, weights=columns)
+        sizes.clear()
+        found = nf4.quantize(view, scale=scale, weights=columns)
+        assert all(map(torch.equal, found.tensors(), expected.tensors()))
+        pieces = [w.numel() for op, w in sizes if op != "quantize_absmax"]
+        assert max(pieces) <= slab and sum(pieces) == view.numel()
+        out = nf4.quantize(torch.ones_like(view))
+        nf4.quantize(view, out=out, check=False)
+        assert all(map(torch.equal, out.tensors(), nf4.quantize(view).tensors()))
 
 
 def test_nf4tensor_tells_its_size() -> None:

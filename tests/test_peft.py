@@ -50,6 +50,20 @@ METHODS = {
 }
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_scaling_that_peft_made_a_tensor_changes_nothing(use_dora, dropout, bases) -> None:
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    model = adapted(bases[0], use_dora=use_dora, lora_dropout=dropout)
+    expected = logits(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert all(isinstance(m.scaling["default"], torch.Tensor) for m in layers(model).values())
+    assert error(logits(model), expected) < 1e-6
+    model.train()(TOKENS).logits.sum().backward()
+    assert error(logits(model.eval().merge_and_unload()), expected) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS.keys())
 def test_peft_gives_the_same_as_on_dense_weights(options, bases, tmp_path) -> None:

@@ -65,10 +65,11 @@ class NF4IA3Linear(MergedBesideBase, nn.Module, IA3Layer):  # type: ignore[misc]
         """Return the scaled output, ``[..., out_features]`` in the dtype of x."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self._merged is not None:
+        below = self._below()
+        if self._merged is not None and below is None:
             return self._multiply(x, self._merged, self._merged_bias())
-        names = () if self.disable_adapters else self.active_adapters
-        return compute(x, Base(self.base.weight, self.base.bias), self._terms(names))
+        names = () if self.disable_adapters else self.merged_adapters or self.active_adapters
+        return compute(x, Base(self.base.weight, self.base.bias), self._terms(names), below)
 
     def _terms(self, names: Iterable[str]) -> list[Term]:
         """Return what adapters compute: one factor, the product of theirs."""

@@ -1,6 +1,7 @@
 """PEFT's LoRA on a `LinearNF4`: the layer that nf4.integrations.peft puts there."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import peft.tuners.tuners_utils as peft_utils
@@ -145,18 +146,21 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            base: Tensor = self.base(x)
+            base: Tensor = self.base_layer(x)
             return base
-        base_product = Base(self.base.weight, self.base.bias)
+        base_product, below = Base(self.base.weight, self.base.bias), self._below()
         if adapter_names is not None:
             # "__base__", or an adapter of other layers, is none here
             found = {name: self._adapter(name) for name in set(adapter_names) & set(self.lora_A)}
             mixed = [found.get(name) for name in adapter_names]
-            return compute_mixed(x, base_product, mixed)
-        if self._merged is not None:
+            return compute_mixed(x, base_product, mixed, below)
+        if self._merged is not None and below is None:
             return self._multiply(x, self._merged, self.base.bias)
-        active = [self._adapter(name) for name in self.active_adapters if name in self.lora_A]
-        return compute(x, base_product, active)
+        names = self.merged_adapters or self.active_adapters
+        active = [self._adapter(name) for name in names if name in self.lora_A]
+        if self.merged_adapters:  # folded into a weight, they drop nothing
+            active = [replace(adapter, dropout_p=0.0) for adapter in active]
+        return compute(x, base_product, active, below)
 
     def _adapter(self, name: str) -> LowRank:
         dropout = self.lora_dropout[name]

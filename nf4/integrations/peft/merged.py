@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from nf4.linear import LinearNF4
+from nf4.linear import LinearNF4, does_more
 
 
 class MergedBesideBase:
     """A dense weight beside the quantized one, which is never changed, from merge to unmerge."""
 
+    base_layer: nn.Module
     get_base_layer: Any
     merge: Any
     merged_adapters: list[str]
@@ -22,6 +23,10 @@ class MergedBesideBase:
         """The quantized layer."""
         layer: LinearNF4 = self.get_base_layer()
         return layer
+
+    def _below(self) -> nn.Module | None:
+        """Return the layer beneath if it has to be called: it does more than its product."""
+        return self.base_layer if does_more(self.base_layer) else None
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
