@@ -14,12 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..codebook import ABSMAX_BLOCK_SIZE, SMALLEST_ABSMAX, absmax_thresholds
+from ..codebook import (
+    ABSMAX_BLOCK_SIZE,
+    LARGEST_ABSMAX,
+    SMALLEST_ABSMAX,
+    absmax_thresholds,
+)
 from ._aot import Variant
 
 PARTS = 256
 TILE = 1024
 SMALLEST = tl.constexpr(SMALLEST_ABSMAX)
+LARGEST = tl.constexpr(LARGEST_ABSMAX)
 
 
 @triton.jit
@@ -55,7 +61,12 @@ def _quantize_absmax_kernel(
     pid = tl.program_id(0).to(tl.int64)
     offs = pid * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     mask = offs < blocks
-    d = tl.where(mask, tl.load(absmax_ptr + offs, mask=mask, other=0.0) - offset, 0.0)
+    absmax = tl.load(absmax_ptr + offs, mask=mask, other=0.0)
+    from_mean = tl.zeros([BLOCK], tl.float32) + offset
+    finite = (tl.abs(absmax) <= LARGEST) & (tl.abs(from_mean) <= LARGEST)
+    d = absmax - from_mean
+    d = tl.where(finite, tl.minimum(tl.maximum(d, -LARGEST), LARGEST), d)
+    d = tl.where(mask, d, 0.0)
     absmax2 = tl.max(tl.abs(d), axis=0)
     absmax2 = tl.where(absmax2 < SMALLEST, 0.0, absmax2)
     scaled = tl.where(absmax2 == 0.0, 0.0, d)

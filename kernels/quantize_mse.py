@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..codebook import SMALLEST_ABSMAX, nf4_thresholds
+from ..codebook import LARGEST_ABSMAX, SMALLEST_ABSMAX, nf4_thresholds
 from ..scale_search import (
     CANDIDATES,
     IMPORTANCE_UNIT,
@@ -29,6 +29,7 @@ from .quantize import _larger
 
 TILE = 2048
 SMALLEST = tl.constexpr(SMALLEST_ABSMAX)
+LARGEST = tl.constexpr(LARGEST_ABSMAX)
 THRESHOLDS = tl.constexpr(nf4_thresholds())
 STEPS = tl.constexpr(LEVEL_STEPS)
 LOWEST = tl.constexpr(LEVELS[0])
@@ -104,7 +105,8 @@ def _quantize_mse_kernel(
         better = (found > best) & (a > 0)
         best = tl.where(better, found, best)
         ratio = tl.where(better, sign * (a / b) * INTO_RATIO, ratio)
-    scale = tl.where(usable, (absmax.to(tl.float64) * ratio).to(tl.float32), absmax)
+    scale = (absmax.to(tl.float64) * ratio).to(tl.float32)
+    scale = tl.where(usable, tl.minimum(tl.maximum(scale, -LARGEST), LARGEST), absmax)
     tl.store(absmax_ptr + first + rows, scale, mask=rows * BLOCK_SIZE < left)
     inverse = reciprocal(tl.where(scale == 0.0, 1.0, scale), SHUFFLE)
     # What a smaller scale cuts off has the code of the highest or the lowest level

@@ -52,6 +52,23 @@ def test_quantize_absmax_mean_does_not_depend_on_the_order() -> None:
         assert quantize_absmax(absmax[order])[2] == offset
 
 
+def test_quantize_absmax_of_scales_as_far_apart_as_fp32_reaches_is_finite() -> None:
+    absmax = PTX_CASES["farther_than_fp32_reaches"]
+    codes, absmax2, offset = quantize_absmax(absmax)
+    assert absmax2 == torch.finfo(torch.float32).max
+    found = dequantize_absmax(codes, absmax2, offset)
+    assert torch.allclose(found[1:], absmax[1:], rtol=0.01) and found.isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["farther_than_fp32_reaches", "not_finite", "2000"])
+def test_quantize_absmax_on_the_cpu_gives_the_bits_of_the_reference(case) -> None:
+    cpu = pytest.importorskip("nf4.cpu.quantize_absmax")
+    absmax = PTX_CASES.get(case, torch.tensor([torch.inf] + [1.0] * 299))
+    pairs = zip(cpu.quantize_absmax(absmax), quantize_absmax(absmax), strict=True)
+    for ours, expected in pairs:
+        assert torch.equal(ours.view(-1).view(torch.uint8), expected.view(-1).view(torch.uint8))
+
+
 def test_quantize_absmax_empty() -> None:
     codes, absmax2, offset = quantize_absmax(torch.empty(0))
     assert (codes.shape, absmax2.shape, offset.item()) == ((0,), (0,), 0.0)
@@ -110,6 +127,7 @@ PTX_CASES = {
     "equal": torch.full((300,), 3.7),
     "farthest_below_the_mean": torch.tensor([0.1] + [1.0] * 99),
     "farthest_above_the_mean": torch.tensor([1.9] + [1.0] * 99),
+    "farther_than_fp32_reaches": torch.tensor([-3.4e38] + [3.4e38] * 99),
 }
 
 

@@ -86,6 +86,8 @@ SPECIAL = {
     "one_element": torch.cat([torch.tensor([-2.5]), torch.zeros(63)]),
     "two_levels": torch.tensor([1.0, -1.0]).repeat(32),
     "huge": torch.linspace(-1, 1, 64) * 3.4028235e38,
+    # Exact with a scale that fp32 cannot hold: without the level 1, and -1
+    "beyond": (torch.tensor(nf4.codebook.NF4_LEVELS[1:15]).double() * 4.5e38).float(),
 }
 
 

@@ -7,7 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nf4.codebook import ABSMAX_BLOCK_SIZE, SMALLEST_ABSMAX, absmax_thresholds
+from nf4.codebook import (
+    ABSMAX_BLOCK_SIZE,
+    LARGEST_ABSMAX,
+    SMALLEST_ABSMAX,
+    absmax_thresholds,
+)
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 
@@ -22,6 +27,8 @@ def _loop(absmax, offset, thresholds, codes, absmax2, begin, end):  # type: igno
         largest = np.float32(0)
         for i in range(len(scales)):
             d[i] = scales[i] - offset
+            if np.isinf(d[i]) and np.isfinite(scales[i]) and np.isfinite(offset):
+                d[i] = np.float32(np.copysign(LARGEST_ABSMAX, d[i]))
             if not abs(d[i]) <= largest:  # a NaN stays
                 largest = abs(d[i])
                 if np.isnan(largest):
@@ -33,7 +40,7 @@ def _loop(absmax, offset, thresholds, codes, absmax2, begin, end):  # type: igno
         if largest != np.float32(0):
             scale = np.float32(1) / largest
         for i in range(len(scales)):
-            value = (scales[i] - offset) * scale
+            value = d[i] * scale
             # Of 255 thresholds, those below: halved eight times, without a branch to foresee
             below = 0
             for step in (128, 64, 32, 16, 8, 4, 2, 1):

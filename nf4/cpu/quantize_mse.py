@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
+from nf4.codebook import LARGEST_ABSMAX, SMALLEST_ABSMAX, nf4_thresholds
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 from nf4.scale_search import (
@@ -112,7 +112,8 @@ def _loop(x, n, weights, thresholds, levels, ratios, signed, block_size, codes, 
                 if found > best and a > 0:
                     best = found
                     ratio = sign * (a / b) * (X_UNIT / LEVEL_UNIT)
-            scale = np.float32(np.float64(largest) * ratio)
+            exact = min(max(np.float64(largest) * ratio, -LARGEST_ABSMAX), LARGEST_ABSMAX)
+            scale = np.float32(exact)
         absmax[block] = scale
         inverse = np.float32(0)
         if scale != np.float32(0):

@@ -4,13 +4,19 @@
     code[i] = the entry of the 256-entry map nearest to d[i] * (1 / absmax2); a tie takes the lower
 
 The mean is summed in float64 and rounded once, so that it does not depend on the order of the sum,
-which differs between devices. Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
+which differs between devices. A difference of finite numbers beyond fp32 is fp32's largest.
+Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
 """
 
 import torch
 from torch import Tensor
 
-from nf4.codebook import ABSMAX_BLOCK_SIZE, SMALLEST_ABSMAX, absmax_thresholds
+from nf4.codebook import (
+    ABSMAX_BLOCK_SIZE,
+    LARGEST_ABSMAX,
+    SMALLEST_ABSMAX,
+    absmax_thresholds,
+)
 from nf4.reference._blocks import as_blocks
 
 
@@ -29,7 +35,10 @@ def quantize_absmax(
         offset: float32 ``[]``.
     """
     offset = absmax.double().sum().div(max(absmax.numel(), 1)).float()
-    d = as_blocks(absmax - offset, ABSMAX_BLOCK_SIZE)
+    finite = absmax.isfinite() & offset.isfinite()
+    d = absmax - offset
+    d = torch.where(finite, d.clamp(-LARGEST_ABSMAX, LARGEST_ABSMAX), d)
+    d = as_blocks(d, ABSMAX_BLOCK_SIZE)
     absmax2 = d.abs().amax(dim=1)
     absmax2 = torch.where(absmax2 < SMALLEST_ABSMAX, 0.0, absmax2)
     scaled = d * torch.where(absmax2 == 0, 0.0, 1 / absmax2)[:, None]

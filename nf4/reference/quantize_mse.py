@@ -17,7 +17,7 @@ Source: a signed scale is from BOF4-S (https://arxiv.org/abs/2505.06653, section
 import torch
 from torch import Tensor
 
-from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
+from nf4.codebook import LARGEST_ABSMAX, SMALLEST_ABSMAX, nf4_thresholds
 from nf4.reference._blocks import as_blocks
 from nf4.scale_search import (
     CANDIDATES,
@@ -92,7 +92,8 @@ def _of_blocks(x: Tensor, u: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
             best, ratio = _better(v, u, torch.full_like(ratio, sign * candidate), best, ratio)
     for _ in range(REFINEMENTS):
         best, ratio = _better(v, u, ratio, best, ratio)
-    scale = torch.where(usable, (absmax.double() * ratio).float(), absmax)
+    found = (absmax.double() * ratio).clamp(-LARGEST_ABSMAX, LARGEST_ABSMAX).float()
+    scale = torch.where(usable, found, absmax)
     scaled = x * torch.where(scale == 0, 0.0, 1 / scale)[:, None]
     codes = torch.zeros_like(scaled, dtype=torch.uint8)
     for threshold in nf4_thresholds():
