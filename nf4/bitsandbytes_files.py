@@ -12,6 +12,7 @@ Format: bitsandbytes 0.50, `QuantState.as_dict`.
 """
 
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nf4.checks import check_number
 from nf4.codebook import ABSMAX_BLOCK_SIZE, BLOCK_SIZES, absmax_map, nf4_levels
 from nf4.functional import dequantize
-from nf4.tensor import DTYPES, PARTS, NF4Tensor, check_nf4, packed_shape
+from nf4.tensor import DTYPES, PARTS, NF4Tensor, check_nf4, is_finite, packed_shape
 
 _STATE = ".quant_state.bitsandbytes__"
 _SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
@@ -44,7 +46,7 @@ def take(state_dict: MutableMapping[str, Any], name: str) -> NF4Tensor:
         ValueError: a tensor is missing or does not fit, or the weight is not NF4 with
             bitsandbytes' own codebooks; the message names the tensor.
     """
-    q = _read(state_dict, name)
+    q = read(state_dict, name)
     for key in [
         k for k in state_dict if k == name or k in _keys(name) or k.startswith(name + _STATE)
     ]:
@@ -184,7 +186,8 @@ def _is_packed(key: str) -> bool:
     return key == "packed" or key.endswith(".packed")
 
 
-def _read(state_dict: Mapping[str, Any], name: str) -> NF4Tensor:
+def read(state_dict: Mapping[str, Any], name: str) -> NF4Tensor:
+    """Return a weight of a state dict, which is left as it is; arguments and errors as `take`."""
     kinds = [key for key in state_dict if key.startswith(name + _STATE)]
     if kinds != [name + _STATE + "nf4"]:
         found = ", ".join(key.removeprefix(name + _STATE) for key in kinds) or "no quant_state"
@@ -193,13 +196,14 @@ def _read(state_dict: Mapping[str, Any], name: str) -> NF4Tensor:
         )
     state = _state(state_dict[kinds[0]], kinds[0])
     _check_map(state_dict, name + ".quant_map", nf4_levels(_CPU), "the NF4 codebook")
-    shape = torch.Size(state["shape"])
     packed = _tensor(state_dict, name).contiguous().view(-1).view(torch.uint8)
-    if packed.numel() != (shape.numel() + 1) // 2:
+    expected = (math.prod(state["shape"]) + 1) // 2
+    if packed.numel() != expected:
         raise ValueError(
-            f"{name}: expected {(shape.numel() + 1) // 2} bytes for shape {tuple(shape)}, "
+            f"{name}: expected {expected} bytes for shape {tuple(state['shape'])}, "
             f"got {packed.numel()}"
         )
+    shape = torch.Size(state["shape"])
     absmax, absmax2, offset = _tensor(state_dict, name + ".absmax"), None, None
     if "nested_offset" in state or name + ".nested_absmax" in state_dict:
         if state.get("nested_blocksize") != ABSMAX_BLOCK_SIZE:
@@ -210,10 +214,18 @@ def _read(state_dict: Mapping[str, Any], name: str) -> NF4Tensor:
         _check_map(state_dict, name + ".nested_quant_map", absmax_map(_CPU), "the 8-bit map")
         absmax2 = _tensor(state_dict, name + ".nested_absmax").to(torch.float32)
         # A checkpoint may hold a number that was cast to bf16: what is computed with is fp32
-        offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+        try:
+            mean: Any = state.get("nested_offset")
+            check_number(mean, "nested_offset")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{kinds[0]}: {error}") from None
+        offset = torch.tensor(mean, dtype=torch.float32)
         offset = offset.to(absmax.device)
     elif absmax.dtype.is_floating_point:
         absmax = absmax.to(torch.float32)
+    for part, scales in ((".absmax", absmax), (".nested_absmax", absmax2)):
+        if scales is not None and not is_finite(scales):
+            raise ValueError(f"{name}{part}: expected finite values, got NaN or an infinity")
     packed = packed.view(packed_shape(shape))
     dtype = getattr(torch, state["dtype"])
     q = NF4Tensor(packed, absmax, shape, dtype, state["blocksize"], absmax2, offset)
@@ -232,9 +244,10 @@ def _state(tensor: Any, key: str) -> dict[str, Any]:
             state["quant_type"] == "nf4"
             and state["blocksize"] in BLOCK_SIZES
             and getattr(torch, state["dtype"], None) in DTYPES
-            and all(isinstance(size, int) and size >= 0 for size in state["shape"])
+            and isinstance(state["shape"], list)
+            and all(type(size) is int and 0 <= size < 2**63 for size in state["shape"])
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: expected bitsandbytes' JSON as bytes, got {error!r}") from None
     if not good:
         raise ValueError(

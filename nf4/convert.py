@@ -21,6 +21,7 @@ from nf4.linear import (
     is_conv1d,
     is_linear,
 )
+from nf4.quantized_module import check_when_loading
 from nf4.tensor import PARTS, NF4Tensor
 
 # What a module holds its hooks in, and how to call them
@@ -112,6 +113,7 @@ def quantize_model(
     first = {group: name for name, group in reversed(names.items())}
     model = replace_layers(model, layers, convert, progress)
     tie_parts(model, {name: first[group] for name, group in names.items() if first[group] != name})
+    check_when_loading(model)
     skip = skip_modules if isinstance(skip_modules, str) else list(skip_modules)
     tell_hosts(model, skip_modules=skip, quantize_embeddings=quantize_embeddings, scale=scale)
     return model

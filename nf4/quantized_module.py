@@ -1,6 +1,6 @@
 """What modules with a 4-bit weight share: how they hold it, move it, save it and load it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nf4 import bitsandbytes_files
 from nf4.functional import to_fragments, to_rows
-from nf4.tensor import PARTS, NF4Tensor, is_mark
+from nf4.tensor import PARTS, NF4Tensor, is_finite, is_mark
 
 
 class QuantizedModule(nn.Module):
@@ -115,31 +115,15 @@ class QuantizedModule(nn.Module):
 
         A weight as bitsandbytes writes it is taken, however it is quantized: its tensors tell.
         """
-        errors = args[-1]
-        found = len(errors)
+        errors = self.errors_in(state_dict, prefix)
+        if errors:
+            args[-1].extend(errors)
+            return
         if is_mark(state_dict.get(prefix + "weight")):
             del state_dict[prefix + "weight"]
         if prefix + "weight" in bitsandbytes_files.weights_in(state_dict):
-            try:
-                self._take_bitsandbytes(state_dict, prefix, args[0])
-            except ValueError as error:
-                errors.append(str(error))
-                return
+            self._take_bitsandbytes(state_dict, prefix, args[0])
         held = self.weight
-        for name, old in zip(PARTS, held.parts(), strict=True):
-            new = state_dict.get(prefix + name)
-            if new is not None and old is None:
-                errors.append(f"{prefix}{name}: expected none (double_quant=False), got one")
-            elif old is None or not isinstance(new, Tensor):
-                continue  # missing, or refused by torch
-            elif (new.dtype, new.shape) != (old.dtype, old.shape):
-                errors.append(
-                    f"{prefix}{name}: expected {old.dtype} {tuple(old.shape)} (block_size="
-                    f"{self.block_size}, double_quant={self.double_quant}), "
-                    f"got {new.dtype} {tuple(new.shape)}"
-                )
-        if len(errors) != found:
-            return
         if held.layout != "rows" and any(prefix + n in state_dict for n in ("packed", "absmax")):
             self._hold(to_rows(held))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -148,16 +132,46 @@ class QuantizedModule(nn.Module):
         else:
             self._choose_layout()
 
+    def errors_in(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """Return what is wrong with this layer's weight in a state dict; missing parts are not.
+
+        Args:
+            state_dict: with parts of 4-bit weights by our names or by bitsandbytes'.
+            prefix: of this layer's names in it, such as ``"fc."``.
+        """
+        if prefix + "weight" in bitsandbytes_files.weights_in(state_dict):
+            try:
+                q = bitsandbytes_files.read(state_dict, prefix + "weight")
+            except ValueError as error:
+                return [str(error)]
+            if q.shape == self._weight_shape:
+                return []
+            return [
+                f"{prefix}weight: expected shape {tuple(self._weight_shape)}, got {tuple(q.shape)}"
+            ]
+        errors = []
+        for name, old in zip(PARTS, self.weight.parts(), strict=True):
+            new, key = state_dict.get(prefix + name), prefix + name
+            if new is not None and old is None:
+                errors.append(f"{key}: expected none (double_quant=False), got one")
+            elif old is None or not isinstance(new, Tensor):
+                continue  # missing, or refused by torch
+            elif (new.dtype, new.shape) != (old.dtype, old.shape):
+                errors.append(
+                    f"{key}: expected {old.dtype} {tuple(old.shape)} (block_size="
+                    f"{self.block_size}, double_quant={self.double_quant}), "
+                    f"got {new.dtype} {tuple(new.shape)}"
+                )
+            elif not is_finite(new):
+                errors.append(f"{key}: expected finite values, got NaN or an infinity")
+        return errors
+
     def _take_bitsandbytes(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]
     ) -> None:
         """Put the tensors of bitsandbytes under this layer's names, and take on their form."""
         own = self.weight
         q = bitsandbytes_files.take(state_dict, prefix + "weight")
-        if q.shape != own.shape:
-            raise ValueError(
-                f"{prefix}weight: expected shape {tuple(own.shape)}, got {tuple(q.shape)}"
-            )
         if (q.block_size, q.double_quant) != (own.block_size, own.double_quant):
             device = own.device
             parts = [None if t is None else torch.empty_like(t, device=device) for t in q.parts()]
@@ -167,3 +181,31 @@ class QuantizedModule(nn.Module):
         for name, tensor in zip(PARTS, q.parts(), strict=True):
             if tensor is not None:
                 state_dict[prefix + name] = tensor
+
+
+def check_when_loading(model: nn.Module) -> None:
+    """Have a model's `load_state_dict` check all 4-bit weights before it changes the first."""
+    hooks = [getattr(hook, "hook", hook) for hook in model._load_state_dict_pre_hooks.values()]
+    if check_state_dict not in hooks and not isinstance(model, QuantizedModule):
+        model.register_load_state_dict_pre_hook(check_state_dict)  # type: ignore[no-untyped-call]
+
+
+def check_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any
+) -> None:
+    """Raise before `load_state_dict` changes anything, if a 4-bit weight of a model does not fit.
+
+    A hook of the whole model: torch loads layer by layer, and the first ones would be overwritten.
+
+    Raises:
+        RuntimeError: as `load_state_dict` does; the message names every such tensor.
+    """
+    errors: list[str] = []
+    for name, layer in model.named_modules(prefix=prefix.removesuffix(".")):
+        if isinstance(layer, QuantizedModule):
+            errors += layer.errors_in(state_dict, f"{name}." if name else "")
+    if errors:
+        raise RuntimeError(
+            f"state_dict: expected weights that fit the layers of {type(model).__name__}; nothing "
+            "was changed:\n\t" + "\n\t".join(errors)
+        )

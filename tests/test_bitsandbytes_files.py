@@ -13,6 +13,64 @@ from nf4.bitsandbytes_files import tensors_of
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
 
+BAD_STATES = {
+    "offset_null": {"nested_offset": None},
+    "offset_list": {"nested_offset": [0.5]},
+    "offset_missing": {"nested_offset": ...},
+    "offset_nan": {"nested_offset": float("nan")},
+    "nested_blocksize": {"nested_blocksize": None},
+    "shape_number": {"shape": 64},
+    "shape_huge": {"shape": [10**30, 64]},
+    "shape_bool": {"shape": [True, 64]},
+    "dtype_list": {"dtype": ["bfloat16"]},
+    "dtype_module": {"dtype": "nn"},
+    "blocksize_list": {"blocksize": [64]},
+}
+BAD_BYTES = (b"[" * 100_000, b"[]", b"null", b"{}", b"\xff\xfe", b"")
+
+
+def two_layers(double_quant: bool = True) -> nn.Module:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    return nf4.quantize_model(model, double_quant=double_quant)
+
+
+def check_refused(state_dict: dict[str, torch.Tensor], message: str) -> None:
+    """Neither read, nor loaded: of a model's first layers either."""
+    with pytest.raises(ValueError, match=message):
+        nf4.from_bitsandbytes(state_dict)
+    model = two_layers()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(state_dict)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("change", BAD_STATES.values(), ids=BAD_STATES.keys())
+def test_a_wrong_quant_state_is_refused_before_anything_is_loaded(change) -> None:
+    state_dict = nf4.to_bitsandbytes(two_layers().state_dict())
+    state = json.loads(bytes(state_dict[f"1.{STATE}"].tolist())) | change
+    state = {name: value for name, value in state.items() if value is not ...}
+    state_dict[f"1.{STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    check_refused(state_dict, f"1.{STATE}: |1.weight: expected .* bytes")
+
+
+@pytest.mark.parametrize("raw", BAD_BYTES, ids=range(len(BAD_BYTES)))
+def test_no_quant_state_is_refused_before_anything_is_loaded(raw) -> None:
+    state_dict = nf4.to_bitsandbytes(two_layers().state_dict())
+    state_dict[f"1.{STATE}"] = torch.tensor(list(raw), dtype=torch.uint8)
+    check_refused(state_dict, f"1.{STATE}: expected bitsandbytes' JSON as bytes")
+
+
+@pytest.mark.parametrize("name", ["absmax", "nested_absmax"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scales_that_are_not_finite_are_refused(name, bad) -> None:
+    double = name == "nested_absmax"
+    state_dict = nf4.to_bitsandbytes(two_layers(double).state_dict())
+    state_dict[f"1.weight.{name}"][-1] = bad
+    check_refused(state_dict, f"1.weight.{name}: expected finite values, got NaN or an infinity")
+
+
 @pytest.fixture
 def linear4bit(bnb):
     """Make a layer of bitsandbytes, quantized on the CPU."""

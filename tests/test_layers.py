@@ -23,6 +23,28 @@ def frozen_bytes(layer: nf4.LinearNF4) -> list[tuple[torch.dtype, bytes]]:
     return [(t.dtype, t.detach().numpy().tobytes()) for t in held]
 
 
+@pytest.mark.parametrize("part", ["absmax", "absmax2", "offset"])
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_scales_that_are_not_finite_are_not_loaded(part, bad) -> None:
+    double = part != "absmax"
+    model = nf4.quantize_model(nn.Sequential(*make_dense(2)), double_quant=double)
+    loaded = copy.deepcopy(model).state_dict()
+    loaded["0.packed"].add_(1)
+    loaded[f"1.{part}"].fill_(bad)
+    before = frozen_bytes(model[0]) + frozen_bytes(model[1])
+    for target in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match=f"1.{part}: expected finite values, got NaN or an"):
+            target.load_state_dict(loaded)
+        assert frozen_bytes(target[0]) + frozen_bytes(target[1]) == before
+    layer = model[1]
+    with pytest.raises(RuntimeError, match=f"{part}: expected finite values"):
+        layer.load_state_dict({k.removeprefix("1."): v for k, v in loaded.items() if k[0] == "1"})
+
+
+def make_dense(count: int) -> list[nn.Module]:
+    return [nn.Linear(96, 80), nn.Linear(80, 96)][:count]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_from_linear_computes_with_the_dequantized_weight(dtype, bias) -> None:
