@@ -1,26 +1,24 @@
-"""Files: adapters of any kind, written and read; LoRA and (IA)³ as PEFT's.
+"""Save the adapters of a model, of any kind, and load them; LoRA and (IA)³ as PEFT's files."""
 
-An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``; the tensors
-are called ``base_model.model.<module>.<part>``, and which parts there are is the kind's to say.
-Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
-"""
-
-import json
 import os
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import nf4.kinds  # noqa: F401  # so that files of every kind are known
 from nf4.adapted import AdaptedLayer, BaseChange, adapted_layers, check_adapter_name
 from nf4.adapter import KINDS, Adapter
+from nf4.adapter_files import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    AdapterFiles,
+    read_config,
+    read_metadata,
+    read_tensors,
+)
 from nf4.adapters import (
     adapter_names,
     biases_of,
@@ -36,15 +34,12 @@ from nf4.adapters import (
     with_adapter,
 )
 from nf4.convert import check_model, check_no_peft, replace_layers
-from nf4.files import beside, check_new, new_folder, save_tensors, write_file
+from nf4.files import check_new, new_folder
 from nf4.hosts import tell_hosts
 from nf4.initialize import dense_source, initialize
 from nf4.linear import LinearNF4
 from nf4.lora import LoRA
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 # Of a file's metadata: whether a start took the weights before quantization
 _FROM_ORIGINAL = "nf4_from_original"
 
@@ -78,27 +73,6 @@ def save_adapter(
         files.write(folder)
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
-    """What is written of one adapter.
-
-    Attributes:
-        config: of ``adapter_config.json``.
-        tensors: of ``adapter_model.safetensors``, by name.
-        metadata: of the latter, beside its format.
-    """
-
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-
-    def write(self, folder: Path) -> None:
-        """Write both files into a folder that exists, each whole or not at all."""
-        with beside(folder / WEIGHTS_NAME) as file:
-            save_tensors(self.tensors, file, self.metadata)
-        write_file(folder / CONFIG_NAME, json.dumps(self.config, indent=2) + "\n")
-
-
 def adapter_files(
     model: nn.Module, adapter_name: str | None = None, with_base: bool = False
 ) -> AdapterFiles:
@@ -127,11 +101,11 @@ def adapter_files(
         for part, tensor in adapter.tensors().items():
             end = others.get(part, part)
             key = f"{name}.{end}" if name else end
-            tensors[_PREFIX + key] = tensor.detach().cpu().contiguous()
+            tensors[PREFIX + key] = tensor.detach().cpu().contiguous()
     for name, parameter in biases_of(model, config.get("bias", "none")).items():
         module = _file_name(name.rpartition(".")[0])
         key = f"{module}.base_layer.bias" if module in layers else _file_name(name)
-        tensors[_PREFIX + key] = parameter.detach().cpu().contiguous()
+        tensors[PREFIX + key] = parameter.detach().cpu().contiguous()
     metadata = {}
     if changes is not None:
         config["init_lora_weights"] = changes.kind
@@ -154,8 +128,8 @@ def restore_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name
             changed then.
     """
     path, model = Path(path), unwrapped(model)
-    config, kind = _read_config(path / CONFIG_NAME)
-    found, biases = _read_tensors(path / WEIGHTS_NAME, kind)
+    config, kind = read_config(path / CONFIG_NAME)
+    found, biases = read_tensors(path / WEIGHTS_NAME, kind)
     held = adapter_layers(model, adapter_name)
     bias = config.get("bias") or "none"
     values = _find_biases(model, biases, bias, False, path / WEIGHTS_NAME)
@@ -212,8 +186,8 @@ def load_adapter(
     check_no_peft(model)
     check_adapter_name(name)
     model = unwrapped(model)
-    config, kind = _read_config(path / CONFIG_NAME)
-    adapters, biases = _read_tensors(path / WEIGHTS_NAME, kind)
+    config, kind = read_config(path / CONFIG_NAME)
+    adapters, biases = read_tensors(path / WEIGHTS_NAME, kind)
     layers = linear_layers(model)
     if not beside:
         _check_kind(model, kind, path / CONFIG_NAME)
@@ -221,7 +195,7 @@ def load_adapter(
         check_name_is_free(model, name, kind)
     bias = config.get("bias") or "none"
     values = _find_biases(model, biases, bias, beside, path / WEIGHTS_NAME)
-    from_original = _metadata(path / WEIGHTS_NAME).get(_FROM_ORIGINAL) == "True"
+    from_original = read_metadata(path / WEIGHTS_NAME).get(_FROM_ORIGINAL) == "True"
     found: dict[int, Adapter] = {}
     changes: dict[int, BaseChange | None] = {}
     for module, tensors in adapters.items():
@@ -469,11 +443,6 @@ def _base_changes(model: nn.Module, layers: dict[str, Adapter]) -> BaseChange | 
     return next(iter(found.values()))
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="pt") as opened:
-        return dict(opened.metadata() or {})
-
-
 def _adapter_config(model: nn.Module, layers: dict[str, Adapter]) -> dict[str, Any]:
     kinds = {type(adapter).peft_type for adapter in layers.values()}
     if len(kinds) > 1:
@@ -502,60 +471,3 @@ def _trained_biases(model: nn.Module) -> dict[str, str]:
     if len(found) > 1:
         raise ValueError(f"bias: expected one value for all adapters, got {found}")
     return {"bias": found.pop()}
-
-
-def _read_config(file: Path) -> tuple[dict[str, Any], type[Adapter]]:
-    """Return a file's config and the kind of its adapter."""
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"path: expected a folder with {CONFIG_NAME}, {file} does not exist"
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, got {error}") from error
-    found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if not isinstance(config, dict) or not isinstance(found, str) or found not in KINDS:
-        known = " or ".join(repr(kind) for kind in sorted(KINDS))
-        raise ValueError(f"{file}: expected peft_type {known}, got {found!r}")
-    kind = KINDS[found]
-    try:
-        kind.check_config(config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from error
-    return config, kind
-
-
-def _read_tensors(
-    file: Path, kind: type[Adapter]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Return adapters' tensors by module and by the end of their name, and biases by name."""
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"path: expected a folder with {WEIGHTS_NAME}, {file} does not exist"
-        )
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a safetensors file, got {error}") from error
-    ends = "|".join(re.escape(part) for part in (*kind.parts, *kind.aliases))
-    pattern = re.compile(rf"{re.escape(_PREFIX)}(?:(?P<module>.*)\.)?(?P<part>{ends})")
-    modules: dict[str, dict[str, Tensor]] = {}
-    biases: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        match = pattern.fullmatch(key)
-        if not match and key.startswith(_PREFIX) and key.endswith(".bias") and tensor.ndim == 1:
-            biases[key.removeprefix(_PREFIX)] = tensor
-            continue
-        part = "" if match is None else kind.aliases.get(match["part"], match["part"])
-        dims = kind.parts.get(part)
-        if match is None or tensor.ndim != dims or not tensor.is_floating_point():
-            form = ", ".join(f"{p} of {d} dimensions" for p, d in kind.parts.items())
-            raise ValueError(
-                f"{file}: expected floating tensors called {_PREFIX}<module>.<part> with the parts "
-                f"{form}, got {key!r}, {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        modules.setdefault(match["module"] or "", {})[part] = tensor
-    if not modules:
-        raise ValueError(f"{file}: expected tensors of {kind.peft_type}, got none")
-    return modules, biases

@@ -377,7 +377,7 @@ def check_lora_options(
     check_int(r, "r", 1)
     check_number(lora_alpha, "lora_alpha")
     if lora_alpha <= 0:
-        raise ValueError(f"lora_alpha: expected a number above 0, got {lora_alpha}")
+        raise ValueError(f"lora_alpha: expected a finite number above 0, got {lora_alpha}")
     check_dropout(lora_dropout, "lora_dropout")
 
 
