@@ -28,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options) or 0)
     except (ValueError, TypeError, OSError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+            reason = (
+                f"expected the package {package}, which is not installed: pip install {package}"
+            )
         sys.stderr.write(f"nf4 {options.command}: {reason}\n")
         return 2
     except KeyboardInterrupt:

@@ -49,11 +49,13 @@ class DenseWeight:
         name: of the layer, in the files.
         shape: ``[out_features, in_features]``, with the number of experts before it if any.
         read: reads it; nothing is read before.
+        dense: whether it is of floating numbers.
     """
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    dense: bool = True
 
 
 def dense_weights_in(
@@ -81,7 +83,9 @@ def dense_weights_in(
     skip = check_skip_modules(skip_modules)
     path = model_path(source)
     files = weight_files(path)
-    tensors = [t for file in files for t in _tensors(file)]
+    held = [t for file in files for t in _tensors(file)]
+    _check_dense(path, held)
+    tensors = [t for t in held if t.dense]
     found = None if files[0].suffix == ".gguf" else _by_class(path, tensors, skip)
     if found is None:
         matrices = (t for t in tensors if _is_matrix(t) and all(t.shape))
@@ -89,8 +93,39 @@ def dense_weights_in(
         found = [_named(t, t.name.removesuffix(_SUFFIX)) for t in found]
         found = [t for t in found if not _is_skipped(t.name, skip)]
     if not found:
-        raise ValueError(f"model: expected dense weights of linear layers, found none in {path}")
+        others = sum(not t.dense for t in held)
+        beside = f" beside {others} tensors of integers" if others else ""
+        raise ValueError(
+            f"model: expected dense weights of linear layers, found none in {path}{beside}"
+        )
     return found
+
+
+# What the names of tensors of integers say of who has quantized a model
+_METHODS = (
+    (re.compile(r"(.*\.)?packed"), "nf4"),
+    (re.compile(r".*\.quant_state\.bitsandbytes__\w+|.*\.SCB"), "bitsandbytes"),
+    (re.compile(r".*\.(qweight|qzeros)"), "GPTQ or AWQ"),
+    (re.compile(r".*\.weight_(packed|shape)"), "compressed-tensors"),
+)
+
+
+def _check_dense(path: Path, held: Iterable[DenseWeight]) -> None:
+    """Raise ValueError if tensors of integers are weights that have been quantized already."""
+    integers = [t for t in held if not t.dense]
+    for pattern, method in _METHODS:
+        named = [t.name for t in integers if pattern.fullmatch(t.name)]
+        if named:
+            raise ValueError(
+                f"model: expected dense weights, {path} holds weights that {method} has quantized "
+                f"already, such as {named[0]}"
+            )
+    weights = [t for t in integers if t.name.endswith(_SUFFIX) and len(t.shape) == 2]
+    if weights:
+        raise ValueError(
+            f"model: expected dense weights, {path} holds {weights[0].name} "
+            f"{weights[0].shape} as integers: another method has quantized it already"
+        )
 
 
 def _by_class(
@@ -146,7 +181,7 @@ def weight_files(path: Path, kinds: Iterable[str] = _KINDS) -> list[Path]:
 
 
 def _tensors(file: Path) -> Iterator[DenseWeight]:
-    """Yield the tensors of a file that may be dense weights, by their whole names."""
+    """Yield the tensors of a file by their whole names; those of integers are not dense."""
     kinds = {".safetensors": _safetensors, ".gguf": _gguf, ".bin": _pickled, ".pt": _pickled}
     kind = kinds.get(file.suffix)
     if kind is None:
@@ -162,8 +197,9 @@ def _safetensors(file: Path) -> Iterator[DenseWeight]:
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118
             view = opened.get_slice(name)
-            if view.get_dtype().startswith(("F", "BF")):
-                yield DenseWeight(name, tuple(view.get_shape()), partial(_from_file, file, name))
+            dense = view.get_dtype().startswith(("F", "BF"))
+            shape = tuple(view.get_shape())
+            yield DenseWeight(name, shape, partial(_from_file, file, name), dense)
 
 
 def _from_file(file: Path, name: str) -> Tensor:
@@ -181,8 +217,9 @@ def _pickled(file: Path) -> Iterator[DenseWeight]:
     if not isinstance(held, Mapping):
         raise ValueError(f"expected tensors by name, got {type(held).__name__}")
     for name, tensor in held.items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            yield DenseWeight(name, tuple(tensor.shape), partial(_itself, tensor))
+        if isinstance(tensor, Tensor):
+            dense = tensor.is_floating_point()
+            yield DenseWeight(name, tuple(tensor.shape), partial(_itself, tensor), dense)
 
 
 def _itself(tensor: Tensor) -> Tensor:

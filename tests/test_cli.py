@@ -47,6 +47,15 @@ def text(tmp_path) -> str:
     return str(file)
 
 
+def test_a_package_that_is_missing_is_named(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "nf4.kernels._report", raising=False)
+    monkeypatch.delitem(sys.modules, "nf4.kernels._aot", raising=False)
+    assert main(["bench", "--compile"]) == 2
+    said = "expected the package triton, which is not installed: pip install triton"
+    assert capsys.readouterr().err == f"nf4 bench: {said}\n"
+
+
 @pytest.mark.demo
 def test_demo_runs_on_a_model_and_a_text_of_the_user_s(tiny_model, text, tmp_path, capsys) -> None:
     out = tmp_path / "new" / "out"

@@ -310,9 +310,9 @@ PEAK = """
 import json, sys, torch, nf4
 from nf4.bench.footprint import cpu_peak
 from nf4.cpu import linear
-dtype, units, m = getattr(torch, sys.argv[1]), sys.argv[2] == "bf16", int(sys.argv[3])
+dtype, units = getattr(torch, sys.argv[1]), sys.argv[2] == "bf16"
+m, n, k = (int(size) for size in sys.argv[3:])
 linear.multiplies_bf16 = lambda: units
-n, k = 4096, 6144
 w = torch.randn(n, k).to(dtype)
 x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
 q = nf4.quantize(w[:64])  # compiled before
@@ -327,19 +327,30 @@ run = lambda: backward(dy, *q.parts(), k, 64)
 peaks["backward"] = cpu_peak(run) - m * k * dtype.itemsize
 print(json.dumps({name: peak / 2**20 for name, peak in peaks.items()}))
 """
-WAYS = [("float32", "fp32", 1536), ("bfloat16", "fp32", 1536), ("bfloat16", "bf16", 4096)]
+# A large weight, and a long input: a CPU without instructions for bf16 takes long for both at once
+WAYS = [
+    ("float32", "fp32", (1536, 4096, 6144)),
+    ("bfloat16", "fp32", (1536, 4096, 6144)),
+    ("bfloat16", "bf16", (128, 4096, 6144)),
+    ("bfloat16", "bf16", (32768, 64, 1536)),
+    ("bfloat16", "bf16", (1, 4096, 6144)),
+]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the high-water mark of Linux")
-@pytest.mark.parametrize(("dtype", "units", "m"), [*WAYS, ("bfloat16", "bf16", 1)])
-def test_cpu_memory_beyond_inputs_and_outputs_is_at_most_64_mib(dtype, units, m) -> None:
-    command = [sys.executable, "-c", PEAK, dtype, units, str(m)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peaks = json.loads(done.stdout)
-    assert len(peaks) == 3 and all(0 < peak <= 64 for peak in peaks.values()), peaks
-    if m == 1:
-        assert peaks["linear"] < 8, "W is 48 MiB dense"
+@pytest.mark.parametrize(("dtype", "units", "sizes"), WAYS)
+def test_cpu_memory_beyond_inputs_and_outputs_is_at_most_64_mib(dtype, units, sizes) -> None:
+    most = {"quantize": 64, "linear": 8 if sizes[0] == 1 else 64, "backward": 64}  # W is 48 MiB
+    command = [sys.executable, "-c", PEAK, dtype, units, *map(str, sizes)]
+    least: dict[str, float] = {}
+    for _ in range(3):  # what else a process does adds to its high-water mark, and never takes away
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks = json.loads(done.stdout)
+        least = {name: min(peak, least.get(name, peak)) for name, peak in peaks.items()}
+        if all(0 < least[name] <= most[name] for name in most):
+            return
+    pytest.fail(f"MiB beyond inputs and outputs: {least}")
 
 
 OTHER_CPUS = {

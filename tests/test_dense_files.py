@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import nf4
+from nf4.cli import main
 from nf4.dense_files import dense_weights_in
 
 
@@ -152,7 +153,7 @@ def test_what_cannot_be_read_is_refused(tmp_path, block) -> None:
         nf4.model_error(tmp_path / "model.safetensors", r".*")
     quantized = nf4.quantize_model(copy.deepcopy(block), ()).state_dict()
     save_file(dict(quantized), tmp_path / "quantized.safetensors")
-    with pytest.raises(ValueError, match="expected dense weights of linear layers, found none"):
+    with pytest.raises(ValueError, match="expected dense weights, .* that nf4 has quantized alre"):
         nf4.model_error(tmp_path / "quantized.safetensors")
     wrong = state(block)
     wrong["up.weight"][2, 3] = torch.nan
@@ -208,6 +209,24 @@ def test_gguf_beside_a_config_is_told_by_its_names(tmp_path) -> None:
     (tmp_path / "two.gguf").symlink_to(model_path("smollm2"))
     with pytest.raises(ValueError, match="expected one .gguf file, got 2"):
         dense_weights_in(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bitsandbytes", "GPTQ or AWQ", "another method"])
+def test_what_is_quantized_already_is_said(kind, tiny_llama, tmp_path, capsys) -> None:
+    folder = tmp_path / "model"
+    nf4.quantize_model(tiny_llama()).save_pretrained(folder)
+    if kind == "bitsandbytes":
+        folder = tmp_path / "exported"
+        nf4.export_checkpoint(tmp_path / "model", folder)
+    elif kind != "nf4":
+        name = "layers.0.q_proj." + ("qweight" if kind.startswith("GPTQ") else "weight")
+        file = folder / "model.safetensors"
+        save_file({name: torch.ones(64, 8, dtype=torch.int32), "b.weight": torch.ones(8, 64)}, file)
+    capsys.readouterr()  # transformers' progress
+    assert main(["error", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nf4 error: model: expected dense weights, ") and said.count("\n") == 1
+    assert f"{kind} has quantized" in said
 
 
 def test_what_no_loader_can_read_is_one_error(tmp_path) -> None:

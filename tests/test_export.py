@@ -1,7 +1,6 @@
 """Folders of 4-bit weights as bitsandbytes' files: opened without nf4, to the same values."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,43 +31,52 @@ ALONE = """
 import sys, torch, warnings
 warnings.simplefilter("ignore")
 import transformers
-kind, folder, out = sys.argv[1:]
-model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
-assert "nf4" not in sys.modules
-given = torch.load(out)
-with torch.no_grad():
-    found = model(**given).logits
-kinds = sorted({type(m).__name__ for m in model.modules() if "4bit" in type(m).__name__})
-torch.save([found, kinds], out)
+for kind, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32).eval()
+    assert "nf4" not in sys.modules
+    given = torch.load(f"{folder}-in")
+    with torch.no_grad():
+        found = model(**given).logits
+    kinds = sorted({type(m).__name__ for m in model.modules() if "4bit" in type(m).__name__})
+    torch.save([found, kinds], f"{folder}-out")
 """
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_exported_folder_opens_without_nf4(name, tmp_path) -> None:
-    model = nf4.quantize_model(make(name), **CASES[name])
-    model.save_pretrained(tmp_path / "saved", max_shard_size="40KB")
-    made = nf4.export_checkpoint(tmp_path / "saved", tmp_path / "exported")
-    assert made.layers and (made.dense > 0) == (name in ("Mixtral", "Gemma"))
-    torch.save(inputs(name), tmp_path / "out")
-    command = [sys.executable, "-c", ALONE, type(model).__name__]
-    done = subprocess.run(
-        [*command, str(tmp_path / "exported"), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Folders by model, with the model; and what one process without nf4 computes of them."""
+    root, found = tmp_path_factory.mktemp("exported"), {}
+    torch.manual_seed(0)
+    for name in CASES:
+        model = nf4.quantize_model(make(name), **CASES[name])
+        model.save_pretrained(root / f"{name}-saved", max_shard_size="40KB")
+        made = nf4.export_checkpoint(root / f"{name}-saved", root / name)
+        assert made.layers and (made.dense > 0) == (name in ("Mixtral", "Gemma"))
+        torch.save(inputs(name), root / f"{name}-in")
+        found[name] = (root / name, model)
+    command = [sys.executable, "-c", ALONE]
+    for folder, model in found.values():
+        command += [type(model).__name__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found, kinds = torch.load(tmp_path / "out")
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exported_folder_opens_without_nf4(name, exported) -> None:
+    folder, model = exported[name]
+    found, kinds = torch.load(f"{folder}-out")
     assert kinds == ["Linear4bit"]
     assert error(found, logits(model, name)) < 1e-5
-    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "bitsandbytes"
-    card = (tmp_path / "exported" / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     assert "bitsandbytes" in card and "import nf4" not in card
     if name == "Llama":  # and back
         ours = NF4Config.from_bitsandbytes(config["quantization_config"])
-        loaded = type(model).config_class.from_pretrained(tmp_path / "exported")
+        loaded = type(model).config_class.from_pretrained(folder)
         loaded.quantization_config = ours.to_dict()
-        again = type(model).from_pretrained(tmp_path / "exported", config=loaded)
+        again = type(model).from_pretrained(folder, config=loaded)
         assert torch.equal(logits(again.eval(), name), logits(model, name))
 
 
@@ -161,25 +169,28 @@ def test_what_cannot_be_exported_is_refused(tiny_llama, tmp_path) -> None:
 OPEN = """
 import sys
 from transformers import AutoModelForCausalLM
-AutoModelForCausalLM.from_pretrained(sys.argv[1])
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+        print("opened")
+    except Exception as error:
+        print("mismatched" in str(error))
 """
 
 
-@pytest.mark.parametrize("how", ["saved", "streamed"])
-def test_folder_of_ours_is_refused_where_nf4_is_not_imported(how, tiny_llama, tmp_path) -> None:
-    if how == "saved":
-        nf4.quantize_model(tiny_llama()).save_pretrained(tmp_path / "q")
-    else:
-        tiny_llama().save_pretrained(tmp_path / "dense")
-        nf4.quantize_checkpoint(tmp_path / "dense", tmp_path / "q")
-    card = (tmp_path / "q" / "README.md").read_text()
-    assert "import nf4" in card and "from_pretrained" in card
-    for first, opened in (("", False), ("import nf4\n", True)):
-        command = [sys.executable, "-c", first + OPEN, str(tmp_path / "q")]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
-        assert (done.returncode == 0) == opened, done.stderr
-        assert ("mismatched" in done.stderr) != opened
-        assert "UNEXPECTED" not in done.stderr or not opened
+def test_folder_of_ours_is_refused_where_nf4_is_not_imported(tiny_llama, tmp_path) -> None:
+    nf4.quantize_model(tiny_llama()).save_pretrained(tmp_path / "saved")
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    nf4.quantize_checkpoint(tmp_path / "dense", tmp_path / "streamed")
+    folders = [tmp_path / "saved", tmp_path / "streamed"]
+    for folder in folders:
+        card = (folder / "README.md").read_text()
+        assert "import nf4" in card and "from_pretrained" in card
+    for first, said in (("", ["True", "True"]), ("import nf4\n", ["opened", "opened"])):
+        command = [sys.executable, "-c", first + OPEN, *map(str, folders)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stdout.split() == said, done.stderr
+        assert "UNEXPECTED" not in done.stderr or not first
 
 
 def test_the_mark_is_no_weight_to_load_state_dict(tiny_llama, tmp_path) -> None:

@@ -134,9 +134,16 @@ def test_kernels_import_from_a_bare_checkout(installed, tmp_path) -> None:
     assert run(installed, code, tmp_path, ROOT).strip() == str(ROOT / "kernels")
 
 
-@pytest.mark.parametrize("hf", ["with_hf_kernels", "without"])
-@pytest.mark.parametrize("where", ["root", "elsewhere"])
-@pytest.mark.parametrize("python", ["installed", "editable"], indirect=True)
+@pytest.mark.parametrize(  # every two of the three choices together
+    ("python", "where", "hf"),
+    [
+        ("installed", "root", "with_hf_kernels"),
+        ("installed", "elsewhere", "without"),
+        ("editable", "root", "without"),
+        ("editable", "elsewhere", "with_hf_kernels"),
+    ],
+    indirect=["python"],
+)
 def test_transformers_imports_beside_ours(python, where, hf, tmp_path) -> None:
     path = []
     if hf == "with_hf_kernels":

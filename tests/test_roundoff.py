@@ -143,7 +143,7 @@ import json, sys, torch
 from nf4 import verify
 verify._SHAPES, verify._ROWS = ((96, 130), (7, 33)), (1, 17)
 torch.set_num_threads(int(sys.argv[1]))
-rows = [r for seed in (1, 2) for r in verify.verify("cpu", seed=seed) if r.against == "float64"]
+rows = [r for r in verify.verify("cpu", seed=1) if r.against == "float64"]
 print(json.dumps([len(rows), [str(r) for r in rows if not r.ok]]))
 """
 
@@ -162,4 +162,4 @@ def test_verify_holds_with_other_instructions(isa, threads) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **told})
     assert done.returncode == 0, done.stderr
     compared, wrong = json.loads(done.stdout)
-    assert compared == 312 and wrong == []
+    assert compared == 156 and wrong == []
