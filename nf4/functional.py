@@ -135,7 +135,7 @@ def dequantize(
     check_nf4(q)
     if out is not None:
         check_dequantize_out(out, q, dtype)
-        if out.is_neg():  # a view that is to be negated
+        if not torch.compiler.is_compiling() and out.is_neg():  # a view that is to be negated
             out.copy_(dequantize(q, out.dtype))
             return out
         weight = q.parts()
