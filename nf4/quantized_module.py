@@ -200,10 +200,18 @@ def check_state_dict(
     Raises:
         RuntimeError: as `load_state_dict` does; the message names every such tensor.
     """
+    modules = model.named_modules(prefix=prefix.removesuffix("."))
+    layers = {name: module for name, module in modules if isinstance(module, QuantizedModule)}
+    held: dict[str, dict[str, Any]] = {name: {} for name in layers}
+    for key, value in state_dict.items():  # once for all layers, as they are looked through
+        name = key.rpartition(".")[0]
+        while name and name not in layers:
+            name = name.rpartition(".")[0]
+        if name:
+            held[name][key] = value
     errors: list[str] = []
-    for name, layer in model.named_modules(prefix=prefix.removesuffix(".")):
-        if isinstance(layer, QuantizedModule):
-            errors += layer.errors_in(state_dict, f"{name}." if name else "")
+    for name, layer in layers.items():
+        errors += layer.errors_in(held[name], f"{name}.")
     if errors:
         raise RuntimeError(
             f"state_dict: expected weights that fit the layers of {type(model).__name__}; nothing "

@@ -41,6 +41,19 @@ def test_scales_that_are_not_finite_are_not_loaded(part, bad) -> None:
         layer.load_state_dict({k.removeprefix("1."): v for k, v in loaded.items() if k[0] == "1"})
 
 
+def test_each_layer_looks_at_its_own_entries_of_a_state_dict(monkeypatch) -> None:
+    model = nf4.quantize_model(nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))))
+    looked, errors_in = [], nf4.LinearNF4.errors_in
+    monkeypatch.setattr(
+        nf4.LinearNF4,
+        "errors_in",
+        lambda self, held, prefix: (looked.append(sorted(held)), errors_in(self, held, prefix))[1],
+    )
+    model.load_state_dict(model.state_dict())
+    own = [[f"{i}.{name}" for name in sorted((*FROZEN, "bias"))] for i in range(8)]
+    assert looked == own + own  # all before the first is changed, and each again by itself
+
+
 def make_dense(count: int) -> list[nn.Module]:
     return [nn.Linear(96, 80), nn.Linear(80, 96)][:count]
 
