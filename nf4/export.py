@@ -8,18 +8,16 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nf4.bitsandbytes_files import tensors_of
-from nf4.card import add_card
 from nf4.convert import check_callback
 from nf4.files import check_new
 from nf4.functional import dequantize
-from nf4.rewriting import Rewriting
+from nf4.rewriting import Rewriting, open_source
 from nf4.shards import Shards, read_json
 from nf4.tensor import PARTS, NF4Tensor, check_nf4, is_mark, packed_shape
 
@@ -74,61 +72,42 @@ def export_checkpoint(
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     check_callback(progress, "progress")
-    source, target = Path(source_dir), check_new(target_dir, "target_dir")
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"source_dir: expected a folder with config.json, got {source}")
-    config = read_json(source / "config.json")
+    target = check_new(target_dir, "target_dir")
+    shards = open_source(source_dir)
+    config = read_json(shards.folder / "config.json")
     said = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(said, dict) or said.get("quant_method") != "nf4":
         kind = said.get("quant_method") if isinstance(said, dict) else "none"
         raise ValueError(
-            f"{source / 'config.json'}: expected a quantization_config of nf4, got {kind}"
+            f"{shards.folder / 'config.json'}: expected a quantization_config of nf4, got {kind}"
         )
-    try:
-        shards = Shards.read(source)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"source_dir: {error}") from error
-    layers, dense_names = _layers(source, shards, said)
+    layers, dense_names = _layers(shards, said)
     by_file: dict[str, list[StoredLayer]] = {}
     for layer in layers:
         by_file.setdefault(shards.tensors[f"{layer.names[0]}.packed"].file, []).append(layer)
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     theirs = _config(said, dtype, dense_names)
-    weight_map: dict[str, str] = {}
-    after = 0
     made_as = {"format": format, "config": theirs, "layers": [str(layer) for layer in layers]}
-    with Rewriting(source, target, shards.files, made_as) as work:
-        for done, file in enumerate(shards.files, start=1):
-            own = by_file.get(file, [])
-            work.write(file, partial(_exported, shards, file, own, getattr(torch, dtype)))
-            made = Shards.header(work.folder, file)
-            weight_map |= dict.fromkeys(made, file)
-            after += sum(held.nbytes for held in made.values())
-            if progress is not None:
-                progress(done, len(shards.files))
-        work.copy_rest()
-        add_card(work.folder, theirs)
-        index = {"metadata": {"total_size": after}, "weight_map": weight_map}
-        several = shards.indexed or len(shards.files) > 1
-        work.finish(config | {"quantization_config": theirs}, index if several else None)
+    with Rewriting(shards, target, made_as) as work:
+        make = partial(_exported, shards, by_file, getattr(torch, dtype))
+        after = work.write_all(make, progress)
+        work.finish(config | {"quantization_config": theirs})
     linear = sum(layer.kind == "linear" for layer in layers)
     return ExportedCheckpoint(linear, len(layers) - linear, after)
 
 
-def _layers(
-    source: Path, shards: Shards, said: Mapping[str, Any]
-) -> "tuple[list[StoredLayer], list[str]]":
+def _layers(shards: Shards, said: Mapping[str, Any]) -> "tuple[list[StoredLayer], list[str]]":
     try:
         from nf4.integrations.transformers.stored_layers import stored_layers
     except ImportError as error:
         raise ImportError(
             f"expected transformers to know the model's layers, {error}: pip install 'nf4[hf]'"
         ) from error
-    return stored_layers(source, shards, said)
+    return stored_layers(shards.folder, shards, said)
 
 
 def _exported(
-    shards: Shards, file: str, layers: "list[StoredLayer]", dtype: torch.dtype
+    shards: Shards, by_file: "Mapping[str, list[StoredLayer]]", dtype: torch.dtype, file: str
 ) -> dict[str, Tensor]:
     """Return what a file becomes."""
     tensors: dict[str, Tensor] = {}
@@ -137,7 +116,7 @@ def _exported(
             tensor = shards.tensor(name)
             if not is_mark(tensor):
                 tensors[name] = tensor
-    for layer in layers:
+    for layer in by_file.get(file, ()):
         weights = [_weight(shards, name, layer, dtype) for name in layer.names]
         if layer.kind == "linear":
             tensors |= tensors_of(weights[0], layer.becomes)

@@ -9,26 +9,42 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
 
+from nf4.card import add_card
 from nf4.files import beside, locked, save_tensors, sync_folder, try_lock, unlock, write_file
-from nf4.shards import ADAPTER, INDEX, read_json
+from nf4.shards import ADAPTER, INDEX, Shards, read_json
 
 _LOCK, _LIST = ".lock", ".made.json"
 _WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pt", ".pth", ".onnx", ".ckpt")
 
 
+def open_source(source_dir: str | os.PathLike[str]) -> Shards:
+    """Return the weight files of a model's folder that is to be made into another.
+
+    Raises:
+        FileNotFoundError: it has no ``config.json`` or no safetensors.
+        ValueError: as `Shards.read`.
+    """
+    source = Path(source_dir)
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"source_dir: expected a folder with config.json, got {source}")
+    try:
+        return Shards.read(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"source_dir: {error}") from error
+
+
 class Rewriting:
-    """The making of a folder; to be used in a ``with`` block that ends with `finish`.
+    """The making of a folder; to be used in a ``with`` block: `write_all`, then `finish`.
 
     Args:
-        source: folder that files are made of.
+        shards: the files that others are made of, one of each.
         target: folder to make, which does not exist.
-        files: that are to be made of those of source, relative to it.
         made_as: what files are made of beside those of source, as JSON: of another making nothing
             is taken over.
 
@@ -37,9 +53,10 @@ class Rewriting:
         FileExistsError: another process has made it.
     """
 
-    def __init__(self, source: Path, target: Path, files: Iterable[str], made_as: Any) -> None:
-        self.source, self.target, self._wanted = source, target, set(files)
+    def __init__(self, shards: Shards, target: Path, made_as: Any) -> None:
+        self.shards, self.source, self.target = shards, shards.folder, target
         self.folder = target.parent / f".{target.name}.part"
+        self._index: dict[str, Any] | None = None
         self._made_as = json.loads(json.dumps(made_as))
         self._files: dict[str, list[str]] = {}
         self._lock: int | None = None
@@ -83,33 +100,50 @@ class Rewriting:
             files = {str(name): [str(source), str(own)] for name, (source, own) in held["files"]}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
-        return {name: hashes for name, hashes in files.items() if name in self._wanted}
+        return {name: hashes for name, hashes in files.items() if name in self.shards.files}
 
-    def write(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> bool:
-        """Write what a file of the source becomes, unless it is there.
+    def write_all(
+        self,
+        make: Callable[[str], Mapping[str, Tensor]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Write what each file of the source becomes, unless it is there.
 
         Args:
-            name: of the file, relative to both folders.
-            make: returns the tensors.
+            make: returns the tensors that a file becomes.
+            progress: called with (files done, files in all).
 
         Returns:
-            Whether it was written.
+            Bytes of all tensors.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: a file cannot be written.
         """
+        weight_map: dict[str, str] = {}
+        total = 0
+        for done, name in enumerate(self.shards.files, start=1):
+            self._write(name, make)
+            made = Shards.header(self.folder, name)
+            weight_map |= dict.fromkeys(made, name)
+            total += sum(held.nbytes for held in made.values())
+            if progress is not None:
+                progress(done, len(self.shards.files))
+        if self.shards.indexed or len(self.shards.files) > 1:
+            self._index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        return total
+
+    def _write(self, name: str, make: Callable[[str], Mapping[str, Tensor]]) -> None:
         source, file = _hash(self.source / name), self.folder / name
         if name in self._files and file.is_file() and self._files[name] == [source, _hash(file)]:
-            return False
+            return
         file.parent.mkdir(parents=True, exist_ok=True)
         with beside(file) as writing:
-            save_tensors(make(), writing)
+            save_tensors(make(name), writing)
         self._files[name] = [source, _hash(file)]
         held = {"made_as": self._made_as, "files": list(self._files.items())}
         write_file(self.folder / _LIST, json.dumps(held))
-        return True
 
-    def copy_rest(self) -> None:
+    def _copy_rest(self) -> None:
         """Copy the files beside the weights, and an adapter; folders are left.
 
         A link that leads out of the source is left too, but for those of Hugging Face's cache.
@@ -119,18 +153,19 @@ class Rewriting:
             if not file.is_file() or (weights and file.name != ADAPTER):
                 continue
             if not _leads_inside(file):
-                warnings.warn(f"{file}: a link out of its folder, not copied", stacklevel=3)
+                warnings.warn(f"{file}: a link out of its folder, not copied", stacklevel=4)
                 continue
             shutil.copyfile(file, self.folder / file.name)
 
-    def finish(self, config: Mapping[str, Any], index: Mapping[str, Any] | None) -> None:
-        """Write config and index, wait until all is on the disk, and give the folder its name.
+    def finish(self, config: Mapping[str, Any]) -> None:
+        """Write all else, wait until it is on the disk, and give the folder its name.
 
         Args:
-            config: of ``config.json``.
-            index: of ``model.safetensors.index.json``; None for none.
+            config: of ``config.json``, with a ``quantization_config``.
         """
-        texts = {"config.json": config, INDEX: index}
+        self._copy_rest()
+        add_card(self.folder, config["quantization_config"])
+        texts = {"config.json": config, INDEX: self._index}
         for name, value in texts.items():
             if value is not None:
                 write_file(self.folder / name, json.dumps(value, indent=2, sort_keys=True) + "\n")

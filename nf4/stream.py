@@ -4,17 +4,15 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nf4.card import add_card
 from nf4.checks import check_block_size, check_scale
 from nf4.convert import check_callback, check_skip_modules
 from nf4.files import check_new
 from nf4.functional import quantize
-from nf4.rewriting import Rewriting
+from nf4.rewriting import Rewriting, open_source
 from nf4.shards import Shards, read_json
 from nf4.tensor import PARTS, mark
 
@@ -81,34 +79,18 @@ def quantize_checkpoint(
         raise TypeError(f"double_quant: expected a bool, got {type(double_quant).__name__}")
     check_callback(progress, "progress")
     skip = None if skip_modules is None else check_skip_modules(skip_modules)
-    source, target = Path(source_dir), check_new(target_dir, "target_dir")
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"source_dir: expected a folder with config.json, got {source}")
-    try:
-        shards = Shards.read(source)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"source_dir: {error}") from error
+    target = check_new(target_dir, "target_dir")
+    shards = open_source(source_dir)
     make_plan = _planner()
     options = {"block_size": block_size, "double_quant": double_quant, "scale": scale}
-    plan = make_plan(source, skip, options, shards)
+    plan = make_plan(shards.folder, skip, options, shards)
 
-    weight_map: dict[str, str] = {}
-    before = after = 0
     made_as = {"quantized": plan.config, "layers": sorted(plan.layers.items())}
-    with Rewriting(source, target, shards.files, made_as) as work:
-        for done, file in enumerate(shards.files, start=1):
-            work.write(file, partial(_quantized, shards, file, plan, options))
-            made = Shards.header(work.folder, file)
-            weight_map |= dict.fromkeys(made, file)
-            after += sum(held.nbytes for held in made.values())
-            before += sum(shards.tensors[name].nbytes for name in shards.names_in(file))
-            if progress is not None:
-                progress(done, len(shards.files))
-        work.copy_rest()
-        config = read_json(source / "config.json") | {"quantization_config": plan.config}
-        add_card(work.folder, plan.config)
-        index = {"metadata": {"total_size": after}, "weight_map": weight_map}
-        work.finish(config, index if shards.indexed or len(shards.files) > 1 else None)
+    with Rewriting(shards, target, made_as) as work:
+        after = work.write_all(partial(_quantized, shards, plan, options), progress)
+        config = read_json(shards.folder / "config.json")
+        work.finish(config | {"quantization_config": plan.config})
+    before = sum(held.nbytes for held in shards.tensors.values())
     return QuantizedCheckpoint(len(plan.layers), before, after)
 
 
@@ -123,7 +105,7 @@ def _planner() -> "Callable[..., Plan]":
 
 
 def _quantized(
-    shards: Shards, file: str, plan: "Plan", options: dict[str, Any]
+    shards: Shards, plan: "Plan", options: dict[str, Any], file: str
 ) -> dict[str, Tensor]:
     """Return what a file becomes."""
     tensors: dict[str, Tensor] = {}

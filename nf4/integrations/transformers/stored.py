@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import with_expert_names
 from nf4.quantized_module import QuantizedModule
+from nf4.shards import Shards
 from nf4.tensor import PARTS
 
 _DTYPES = {"torch.uint8": "U8", "torch.float32": "F32"}
@@ -35,13 +35,8 @@ def stored_tensors(files: Iterable[str] | None) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for file in (Path(f) for f in files or () if str(f).endswith(".safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    view = opened.get_slice(name)
-                    found[name] = Stored(file, tuple(view.get_shape()), view.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{file}: expected a whole safetensors file, got {error}") from error
+        for name, held in Shards.header(file.parent, file.name).items():
+            found[name] = Stored(file, held.shape, held.dtype)
     return found
 
 
