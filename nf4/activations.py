@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4.convert import check_callback, check_model, dense_layers
+from nf4.convert import check_callback, check_model
 from nf4.experts import is_experts
+from nf4.selection import DEFAULT_SKIP, select_layers
 
 
 @torch.no_grad()
 def collect_activation_stats(
     model: nn.Module,
     batches: Iterable[Any],
-    skip_modules: str | Iterable[str] = ("lm_head",),
+    skip_modules: str | Iterable[str] = DEFAULT_SKIP,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Run a model and return the mean square of what comes into each of its dense linear layers.
@@ -47,7 +48,8 @@ def collect_activation_stats(
     """
     check_model(model)
     check_callback(progress, "progress")
-    layers = {n: m for n, m in dense_layers(model, skip_modules).items() if not is_experts(m)}
+    selected, _ = select_layers(model, skip_modules)
+    layers = {n: m for n, m in selected.items() if not is_experts(m)}
     if not layers:
         raise ValueError(
             f"model: expected dense linear layers, found none in {type(model).__name__}"

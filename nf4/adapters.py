@@ -1,6 +1,7 @@
 """Adapters of a whole model, of any kind: put them on, choose among them, switch them off."""
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,19 +11,18 @@ from torch import nn
 from nf4.adapted import AdaptedLayer, BaseChange, adapted_layers, check_adapter_name
 from nf4.adapted_dense import AdaptedDense
 from nf4.adapter import Adapter, Base
+from nf4.checks import check_names, compile_pattern
 from nf4.convert import (
     Model,
     check_model,
-    check_names,
     check_no_peft,
-    compile_pattern,
-    dense_layers,
     replace_layers,
 )
 from nf4.experts import ExpertsNF4, is_experts
 from nf4.hosts import tell_hosts
 from nf4.linear import AdaptedLinearNF4, LinearNF4, QLoRALinear, dense_weight
 from nf4.lora import LoRA
+from nf4.selection import dense_layers
 
 
 def find_targets(
@@ -54,13 +54,14 @@ def find_targets(
     check_no_peft(model)
     check_adapter_name(adapter_name)
     check_name_is_free(model, adapter_name, kind, bias)
-    layers = linear_layers(model)
+    layers, missed = linear_layers(model), []
     if isinstance(target_modules, str) and target_modules == "all-linear":
         matched: dict[str, nn.Module] = _all_linear(model, layers)
     else:
         modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
         named = match_targets(modules, target_modules, "target_modules")
         matched = {n: m for n, m in modules.items() if n in named and not inside(n, layers)}
+        missed = _missed(modules, target_modules)
     if not matched:
         kinds = sorted({n.rpartition(".")[2] for n in layers})
         raise ValueError(
@@ -81,13 +82,25 @@ def find_targets(
                 f"{name}: expected a layer without adapter {adapter_name!r}, got one with "
                 f"{module.named_adapters()[adapter_name].summary()}"
             )
+    if missed:
+        warnings.warn(
+            f"target_modules: no module is called {', '.join(missed)}; nothing is adapted by it",
+            stacklevel=3,
+        )
     objects = {id(module) for module in matched.values()}
     return {name: layer for name, layer in layers.items() if id(layer) in objects}
 
 
+def _missed(names: Iterable[str], targets: str | Iterable[str]) -> list[str]:
+    """Return which of a list of targets match nothing."""
+    names = list(names)
+    listed = [] if isinstance(targets, str) else [*targets]
+    return [repr(target) for target in listed if not match_names(names, [target])]
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers of a model that adapters can be put on, by name."""
-    dense = {n: m for n, m in dense_layers(model, ()).items() if not is_experts(m)}
+    dense = {n: m for n, m in dense_layers(model, (), also_read=True).items() if not is_experts(m)}
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)

@@ -1,6 +1,8 @@
 """Checks of the arguments of `nf4.functional`: each names what was expected and what came."""
 
 import operator
+import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -198,3 +200,25 @@ def check_no_tangent(*tensors: Tensor | None) -> None:
             raise NotImplementedError(
                 "nf4: forward-mode differentiation is not implemented; use backward"
             )
+
+
+def check_names(names: Iterable[str], name: str) -> tuple[str, ...]:
+    """Return names as a tuple, or raise TypeError unless they are a list of strings."""
+    if isinstance(names, str):
+        raise TypeError(f"{name}: expected a list of names, got the string {names!r}")
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{name}: expected a list of names, got {type(names).__name__}")
+    found = tuple(names)
+    for one in found:
+        if not isinstance(one, str):
+            raise TypeError(f"{name}: expected names, got {one!r}")
+    return found
+
+
+def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
+    """Return a regular expression, or raise ValueError."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        message = f"{name}: expected a regular expression, got {pattern!r}: {error}"
+        raise ValueError(message) from error

@@ -3,9 +3,11 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options) or 0)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, options.command)
+            return int(options.run(options) or 0)
     except (ValueError, TypeError, OSError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ModuleNotFoundError) and error.name:
@@ -38,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"nf4 {options.command}: interrupted\n")
         return 130
+
+
+def _show_warning(command: str, message: Warning | str, *rest: Any) -> None:
+    """Print a warning as errors are, without the line of code that it comes from."""
+    sys.stderr.write(f"nf4 {command}: warning: {' '.join(str(message).split())}\n")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -116,7 +125,8 @@ def _add_quantize(commands: Any) -> None:
     quantize.add_argument(
         "--skip",
         action="append",
-        help="a module to leave dense, may be repeated (default: what transformers leaves alone)",
+        help="a module to leave dense, may be repeated; replaces the default, what transformers "
+        "leaves alone; +NAME adds to it",
     )
     quantize.add_argument("--json", action="store_true", help="print the result as JSON")
     quantize.set_defaults(run=_quantize)
@@ -202,7 +212,10 @@ def _add_error(commands: Any) -> None:
     )
     _add_options(error)
     error.add_argument(
-        "--skip", action="append", help="a module to leave out, may be repeated (default: lm_head)"
+        "--skip",
+        action="append",
+        help="a module to leave out, may be repeated; replaces the default, lm_head; +NAME adds to "
+        "it",
     )
     error.add_argument(
         "--perplexity",

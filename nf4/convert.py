@@ -1,6 +1,5 @@
 """Convert whole models: find the layers to quantize, and replace them."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -10,31 +9,24 @@ from torch import Tensor, nn
 
 from nf4.adapted import AdaptedLayer
 from nf4.checks import check_block_size, check_scale, check_weight, check_weights
-from nf4.embedding import EmbeddingNF4, is_embedding
-from nf4.experts import PARTS as EXPERT_PARTS
+from nf4.embedding import EmbeddingNF4
 from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import quantize
 from nf4.hosts import check_hosts, tell_hosts
-from nf4.linear import (
-    LinearNF4,
-    dense_weight,
-    is_conv1d,
-    is_linear,
-)
-from nf4.quantized_module import check_when_loading
+from nf4.linear import LinearNF4
+from nf4.quantized_module import check_when_loading, name_weights
+from nf4.selection import DEFAULT_SKIP, check_skip_modules, dense_weights, select_layers
 from nf4.tensor import PARTS, NF4Tensor
 
 # What a module holds its hooks in, and how to call them
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_is_full_backward_hook")
 Model = TypeVar("Model", bound=nn.Module)
 Layer = TypeVar("Layer", bound=nn.Module)
-# torch.nn.MultiheadAttention reads the weight of its out_proj instead of calling the layer.
-_READ_BY_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear
 
 
 def quantize_model(
     model: Model,
-    skip_modules: str | Iterable[str] = ("lm_head",),
+    skip_modules: str | Iterable[str] = DEFAULT_SKIP,
     block_size: int = 64,
     double_quant: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -46,7 +38,8 @@ def quantize_model(
 
     ``torch.nn.Linear`` and transformers' ``Conv1D`` are replaced, and the experts of a mixture that
     are kept as tensors of three dimensions, by `ExpertsNF4`; subclasses with a forward of their own
-    stay, and so do layers that ``torch.nn.MultiheadAttention`` reads instead of calling.
+    stay, and so do layers whose weight the code around them reads instead of calling them, as
+    Mamba's and ``torch.nn.MultiheadAttention`` do; a warning names both kinds.
     Dense weights are freed one by one: the memory needed beyond the model is one layer's. An output
     layer tied to the embeddings shares their 4-bit weight; on a GPU each holds it in its own order.
 
@@ -54,7 +47,8 @@ def quantize_model(
         model: any module; changed in place, and only after every layer has been checked.
         skip_modules: modules to leave as they are, with all that is below them: a list of names,
             whole ones or their last parts, such as ``"lm_head"`` or ``"mlp.down_proj"``, or one
-            regular expression for the whole name.
+            regular expression for the whole name. They replace the default; names that all begin
+            with a plus, such as ``"+mlp.gate"``, are added to it.
         block_size: elements that share one scale, a power of two from 32 to 4096.
         double_quant: quantize the scales to 8 bits too.
         progress: called with (layers done, layers in all) after each layer.
@@ -81,12 +75,7 @@ def quantize_model(
     check_no_adapters(model)
     check_hosts(model)
     check_callback(progress, "progress")
-    layers = dense_layers(model, skip_modules, quantize_embeddings)
-    if not layers:
-        raise ValueError(
-            f"model: expected at least one nn.Linear or Conv1D to quantize, found none in "
-            f"{type(model).__name__} (skip_modules={skip_modules})"
-        )
+    layers, skip = select_layers(model, skip_modules, quantize_embeddings)
     for name, layer in layers.items():
         check_layer(name, layer)
     groups = tied_layers(layers)
@@ -114,8 +103,9 @@ def quantize_model(
     model = replace_layers(model, layers, convert, progress)
     tie_parts(model, {name: first[group] for name, group in names.items() if first[group] != name})
     check_when_loading(model)
-    skip = skip_modules if isinstance(skip_modules, str) else list(skip_modules)
-    tell_hosts(model, skip_modules=skip, quantize_embeddings=quantize_embeddings, scale=scale)
+    name_weights(model)
+    named = skip if isinstance(skip, str) else list(skip)
+    tell_hosts(model, skip_modules=named, quantize_embeddings=quantize_embeddings, scale=scale)
     return model
 
 
@@ -172,59 +162,6 @@ def tie_parts(model: Any, tied: dict[str, str]) -> None:
         setattr(model, name, kept | parts)
 
 
-def dense_layers(
-    model: nn.Module, skip_modules: str | Iterable[str], embeddings: bool = False
-) -> dict[str, nn.Module]:
-    """Return the layers `quantize_model` would replace, by name.
-
-    Raises:
-        TypeError: embeddings is no bool.
-        ValueError: of an embedding and a layer that share a weight, only one is skipped.
-    """
-    if not isinstance(embeddings, bool):
-        raise TypeError(f"quantize_embeddings: expected a bool, got {type(embeddings).__name__}")
-    skip = check_skip_modules(skip_modules)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    skipped = {id(module) for name, module in modules.items() if is_below(name, skip)}
-    wanted = token_embeddings(model) if embeddings else set()
-    layers = {
-        name: module
-        for name, module in modules.items()
-        if (id(module) in wanted or is_linear(module) or is_conv1d(module) or is_experts(module))
-        and not isinstance(module, _READ_BY_ATTENTION)
-        and all(weight.numel() for _, weight in dense_weights(module))
-        and id(module) not in skipped
-    }
-    if wanted:
-        _check_ties(modules, layers)
-    return layers
-
-
-def token_embeddings(model: nn.Module) -> set[int]:
-    """Return the ids of the modules that `quantize_model` takes for embeddings of tokens."""
-    get = getattr(model, "get_input_embeddings", None)
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and is_embedding(m)]
-    if get is not None:
-        try:
-            weight = getattr(get(), "weight", None)
-        except NotImplementedError:  # a transformers model of several towers
-            return {id(m) for m in embeddings}
-        embeddings = [m for m in embeddings if m.weight is weight]
-    return {id(m) for m in embeddings}
-
-
-def _check_ties(modules: dict[str, nn.Module], layers: dict[str, nn.Module]) -> None:
-    """Raise unless what shares its weight with an embedding to quantize is to be quantized too."""
-    embeddings = {id(m.weight): n for n, m in layers.items() if isinstance(m, nn.Embedding)}
-    for name, module in modules.items():
-        source = embeddings.get(id(getattr(module, "weight", None)))
-        if source is not None and name not in layers:
-            raise ValueError(
-                f"{name}: expected to quantize it with {source}, whose weight it shares, but it is "
-                "left out; leave it out of skip_modules, or let quantize_embeddings be False"
-            )
-
-
 def tied_layers(layers: dict[str, nn.Module]) -> dict[int, int]:
     """Return, by the id of each layer that shares its weight with another, the weight's id."""
     weights = {id(layer): id(layer.weight) for layer in layers.values() if not is_experts(layer)}
@@ -253,15 +190,6 @@ def check_model(model: nn.Module) -> None:
     """Raise TypeError unless model is a module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-
-
-def dense_weights(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the weights that are to be quantized of a dense layer or of experts, with names."""
-    if is_experts(layer):
-        return [(name, getattr(layer, name)) for name in EXPERT_PARTS]
-    if isinstance(layer, nn.Embedding):
-        return [("weight", layer.weight)]
-    return [("weight", dense_weight(layer))]
 
 
 def check_layer(name: str, layer: nn.Module) -> None:
@@ -298,49 +226,6 @@ def check_callback(function: Callable[..., None] | None, name: str) -> None:
     """Raise TypeError unless function is None or can be called."""
     if function is not None and not callable(function):
         raise TypeError(f"{name}: expected a function, got {type(function).__name__}")
-
-
-def check_names(names: Iterable[str], name: str) -> tuple[str, ...]:
-    """Return names as a tuple, or raise TypeError unless they are a list of strings."""
-    if isinstance(names, str):
-        raise TypeError(f"{name}: expected a list of names, got the string {names!r}")
-    if not isinstance(names, Iterable):
-        raise TypeError(f"{name}: expected a list of names, got {type(names).__name__}")
-    found = tuple(names)
-    for one in found:
-        if not isinstance(one, str):
-            raise TypeError(f"{name}: expected names, got {one!r}")
-    return found
-
-
-def check_skip_modules(skip_modules: str | Iterable[str]) -> str | tuple[str, ...]:
-    """Return a regular expression, or names as a tuple; raise if it is neither."""
-    if not isinstance(skip_modules, str):
-        return check_names(skip_modules, "skip_modules")
-    compile_pattern(skip_modules, "skip_modules")
-    return skip_modules
-
-
-def compile_pattern(pattern: str, name: str) -> re.Pattern[str]:
-    """Return a regular expression, or raise ValueError."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        message = f"{name}: expected a regular expression, got {pattern!r}: {error}"
-        raise ValueError(message) from error
-
-
-def is_below(name: str, skip: str | Iterable[str]) -> bool:
-    """Return whether a name, or that of a module it is inside of, is one of those to skip."""
-    parts = name.split(".")
-    if isinstance(skip, str):
-        ends = range(1, len(parts) + 1)
-        return any(re.fullmatch(skip, ".".join(parts[:end])) for end in ends)
-    return any(
-        parts[end - len(suffix) : end] == suffix
-        for suffix in (s.split(".") for s in skip)
-        for end in range(len(suffix), len(parts) + 1)
-    )
 
 
 def check_forward(name: str, layer: nn.Module) -> None:

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nf4.convert import check_skip_modules, is_below
 from nf4.samples import model_path
+from nf4.selection import DEFAULT_SKIP, is_below, resolve_skip, warn_of_unmatched
 from nf4.shards import read_index
 
 # By their names, what is no linear layer though it is a matrix: embeddings
@@ -59,7 +59,7 @@ class DenseWeight:
 
 
 def dense_weights_in(
-    source: str | Path, skip_modules: str | Iterable[str] = ("lm_head",)
+    source: str | Path, skip_modules: str | Iterable[str] = DEFAULT_SKIP
 ) -> list[DenseWeight]:
     """Return the weights of linear layers in a model's files, in their order there.
 
@@ -80,7 +80,7 @@ def dense_weights_in(
         ValueError: a file is truncated or of another kind, or holds no dense weight of a linear
             layer.
     """
-    skip = check_skip_modules(skip_modules)
+    skip = resolve_skip(skip_modules)
     path = model_path(source)
     files = weight_files(path)
     held = [t for file in files for t in _tensors(file)]
@@ -88,6 +88,8 @@ def dense_weights_in(
     tensors = [t for t in held if t.dense]
     found = None if files[0].suffix == ".gguf" else _by_class(path, tensors, skip)
     if found is None:
+        names = [t.name.removesuffix(_SUFFIX) for t in held]
+        warn_of_unmatched(["lm_head" if n == _OUTPUT_OF_GGUF else n for n in names], skip)
         matrices = (t for t in tensors if _is_matrix(t) and all(t.shape))
         found = [t for t in matrices if _is_linear(t.name)]
         found = [_named(t, t.name.removesuffix(_SUFFIX)) for t in found]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from nf4.activations import evaluating
 from nf4.checks import check_weight
-from nf4.convert import check_callback, check_layer, check_model, dense_layers, dense_weights
+from nf4.convert import check_callback, check_layer, check_model
 from nf4.dense_files import DenseWeight, dense_weights_in
 from nf4.functional import dequantize, quantize
+from nf4.selection import DEFAULT_SKIP, dense_weights, select_layers
 from nf4.tensor import NF4Tensor, check_nf4
 
 OUTLIER = 4.0  # times rms
@@ -150,7 +151,7 @@ class LayerError:
 
 def model_error(
     model: nn.Module | str | Path,
-    skip_modules: str | Iterable[str] = ("lm_head",),
+    skip_modules: str | Iterable[str] = DEFAULT_SKIP,
     block_size: int = 64,
     double_quant: bool = True,
     scale: str = "absmax",
@@ -186,7 +187,7 @@ def model_error(
 
 
 def dense_weights_of(
-    model: nn.Module | str | Path, skip_modules: str | Iterable[str] = ("lm_head",)
+    model: nn.Module | str | Path, skip_modules: str | Iterable[str] = DEFAULT_SKIP
 ) -> list[DenseWeight]:
     """Return the weights that `nf4.quantize_model` would quantize, of a model or its files.
 
@@ -197,11 +198,7 @@ def dense_weights_of(
     if isinstance(model, str | Path):
         return dense_weights_in(model, skip_modules)
     check_model(model)
-    layers = dense_layers(model, skip_modules)
-    if not layers:
-        raise ValueError(
-            f"model: expected dense linear layers, found none in {type(model).__name__}"
-        )
+    layers, _ = select_layers(model, skip_modules, stacklevel=5)
     found = []
     for name, layer in layers.items():
         check_layer(name, layer)

@@ -183,6 +183,16 @@ class QuantizedModule(nn.Module):
                 state_dict[prefix + name] = tensor
 
 
+def name_weights(model: nn.Module) -> None:
+    """Let messages about the 4-bit weights of a model name their layers.
+
+    A name lies on the scales, which layers hold as they are, and no compiled graph asks for it.
+    """
+    for name, module in model.named_modules():
+        if name and isinstance(module, QuantizedModule):
+            module.absmax.nf4_layer = name  # type: ignore[attr-defined]
+
+
 def check_when_loading(model: nn.Module) -> None:
     """Have a model's `load_state_dict` check all 4-bit weights before it changes the first."""
     hooks = [getattr(hook, "hook", hook) for hook in model._load_state_dict_pre_hooks.values()]

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from nf4.checks import check_block_size, check_scale
-from nf4.convert import check_callback, check_skip_modules
+from nf4.convert import check_callback
 from nf4.files import check_new
 from nf4.functional import quantize
 from nf4.rewriting import Rewriting, open_source
+from nf4.selection import check_skip_modules
 from nf4.shards import Shards, read_json
 from nf4.tensor import PARTS, mark
 
@@ -57,7 +58,8 @@ def quantize_checkpoint(
         source_dir: folder with ``config.json`` and safetensors.
         target_dir: folder to make.
         skip_modules: names of modules to leave dense, as for `nf4.quantize_model`; by default what
-            transformers leaves alone, such as the output layer.
+            transformers leaves alone, such as the output layer, to which names that begin with a
+            plus are added.
         block_size: elements that share one scale, a power of two from 32 to 4096.
         double_quant: quantize the scales to 8 bits too.
         scale: how scales are found, see `nf4.quantize`.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -90,6 +90,25 @@ class NF4Tensor:
         """Number of dimensions of the tensor that was quantized."""
         return len(self.shape)
 
+    @property
+    def requires_grad(self) -> bool:
+        """False: a 4-bit weight is frozen."""
+        return False
+
+    @overload
+    def size(self) -> torch.Size: ...
+
+    @overload
+    def size(self, dim: int) -> int: ...
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """Return the sizes of the tensor that was quantized, or that of one dimension."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """Return the number of dimensions of the tensor that was quantized."""
+        return len(self.shape)
+
     def numel(self) -> int:
         """Return the number of elements of the tensor that was quantized."""
         return math.prod(self.shape)
@@ -127,9 +146,39 @@ class NF4Tensor:
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> NoReturn:
         """Refuse torch's functions, which would read the bytes as numbers."""
+        given = [*args, *(kwargs or {}).values()]
+        weight = next((a for a in given if isinstance(a, NF4Tensor)), None)
         raise TypeError(
-            f"{getattr(func, '__name__', func)}: expected a torch.Tensor, got an NF4Tensor; "
-            "multiply by it with nf4.linear, or make it dense with nf4.dequantize"
+            f"{getattr(func, '__name__', func)}: expected a torch.Tensor, got "
+            f"{'an NF4Tensor' if weight is None else weight._said()}"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse what only a dense tensor has, in words that say what to do instead."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"NF4Tensor has no attribute {name!r}")
+        raise AttributeError(f"{name}: expected a dense weight, got {self._said()}")
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        """Refuse indexing, which only a dense tensor knows."""
+        raise TypeError(f"[{index!r}]: expected a dense weight, got {self._said()}")
+
+    def _refuse_operator(self, *others: Any) -> NoReturn:
+        """Refuse arithmetic, which only a dense tensor knows."""
+        raise TypeError(f"expected a dense weight in arithmetic, got {self._said()}")
+
+    __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = _refuse_operator
+    __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __neg__ = _refuse_operator
+
+    def _said(self) -> str:
+        """Return what this is, of which layer, and what to do about it."""
+        layer = getattr(self.absmax, "nf4_layer", None)
+        remedy = "multiply by it with nf4.linear, or make it dense with nf4.dequantize"
+        if layer is None:
+            return f"an NF4Tensor; {remedy}"
+        return (
+            f"the 4-bit weight of {layer}; leave the layer dense by skip_modules=['+{layer}'], "
+            f"resize embeddings before they are quantized, or {remedy}"
         )
 
     def __repr__(self) -> str:

@@ -57,7 +57,7 @@ def test_layers_shared_or_never_called(block) -> None:
 def test_what_cannot_be_collected_is_refused(block) -> None:
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got str"):
         nf4.collect_activation_stats("gpt2", [])
-    with pytest.raises(ValueError, match="model: expected dense linear layers, found none in ReLU"):
+    with pytest.raises(ValueError, match="found none in ReLU"):
         nf4.collect_activation_stats(nn.ReLU(), [torch.ones(3)])
     with pytest.raises(ValueError, match="batches: expected at least one, got none"):
         nf4.collect_activation_stats(block, [])

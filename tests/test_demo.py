@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nf4.cli import main
-from nf4.convert import dense_layers
 from nf4.error import perplexity
 from nf4.samples import load_model, plain_text, wikipedia_windows
+from nf4.selection import dense_layers
 
 pytestmark = [pytest.mark.demo, pytest.mark.alone]
 

@@ -269,7 +269,7 @@ def test_config_of_bitsandbytes_refuses_what_is_not_nf4() -> None:
 
 
 def test_loading_refuses(dense, tiny_llama, tmp_path) -> None:
-    with pytest.raises(ValueError, match="leaves none in LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="found none in LlamaForCausalLM"):
         load(dense, quantization_config=NF4Config(skip_modules=["model", "lm_head"]))
     with pytest.raises(ValueError, match="got 'disk' in"):
         devices = {"model": "cpu", "lm_head": "disk"}

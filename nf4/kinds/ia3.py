@@ -22,7 +22,8 @@ from nf4.adapters import (
     unwrapped,
     with_adapter,
 )
-from nf4.convert import Model, check_model, check_names
+from nf4.checks import check_names
+from nf4.convert import Model, check_model
 from nf4.factors import InputFactor, OutputFactor
 
 _BERT = (r".*\.(key|value)", r".*layer\.\d+\.output\.dense")

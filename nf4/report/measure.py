@@ -12,12 +12,12 @@ from torch import Tensor
 from nf4.activations import collect_activation_stats
 from nf4.checks import check_block_size, check_scale
 from nf4.codebook import BLOCK_SIZES
-from nf4.convert import dense_layers, dense_weights
 from nf4.dense_files import dense_weights_in
 from nf4.error import LayerError, layer_error, perplexity
 from nf4.progress import Progress, steps
 from nf4.reference._blocks import as_blocks
 from nf4.schemes import Scheme, compared
+from nf4.selection import dense_layers, dense_weights, resolve_skip
 
 SAMPLE = 1 << 16  # weights of a layer on which schemes are compared: 16 stretches of 4096
 BINS = 128  # of x / absmax from -1 to 1
@@ -218,7 +218,7 @@ def perplexities(
     """
     held = {
         name if part == "weight" else f"{name}.{part}": weight.detach()
-        for name, layer in dense_layers(model, skip_modules).items()
+        for name, layer in dense_layers(model, resolve_skip(skip_modules)).items()
         for part, weight in dense_weights(layer)
     }
     stats: dict[str, Tensor] = {}

@@ -55,8 +55,9 @@ ARCHITECTURES = {
 }
 
 
-def make(name: str) -> nn.Module:
+def make(name: str, **changes: object) -> nn.Module:
     kind, sizes = ARCHITECTURES[name]
+    sizes = {**sizes, **{key: value for key, value in changes.items() if key in sizes}}
     torch.manual_seed(0)
     cls = getattr(transformers, kind)
     return cls(cls.config_class(**sizes)).eval()

@@ -9,7 +9,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
 from nf4.checks import check_block_size, check_scale
-from nf4.convert import check_skip_modules
+from nf4.selection import check_skip_modules
 
 METHOD = "nf4"
 _OPTIONS_OF_OTHERS = ("bnb_", "load_in_", "llm_int8_")
@@ -24,6 +24,7 @@ class NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
         double_quant: quantize the scales to 8 bits too.
         skip_modules: modules to leave dense, as in `nf4.quantize_model`. By default what
             transformers leaves alone: the output layer, and what is tied to the embeddings.
+            Names replace that; names that begin with a plus are added to it.
         stored_as: what wrote the weights, of a checkpoint that is quantized already: "nf4" or
             "bitsandbytes", which no dense model can be asked to become.
         quantize_embeddings: quantize the embeddings of tokens too, and with them an output layer

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
-from nf4.convert import dense_layers
 from nf4.experts import is_experts
 from nf4.integrations.transformers.stored import model_names
 from nf4.linear import is_conv1d
+from nf4.selection import DEFAULT_SKIP, dense_layers, resolve_skip, warn_of_skipped
 from nf4.shards import Shards
 
 
@@ -53,7 +53,9 @@ def find(
         model = model_on_meta(folder)
     except ValueError:  # of another library, or with code of its own
         return None
-    return _find(model, tensors, skip_modules)
+    skip = resolve_skip(skip_modules)
+    warn_of_skipped(model, skip, DEFAULT_SKIP, stacklevel=5)
+    return _find(model, tensors, skip)
 
 
 def _find(model: Any, tensors: Iterable[str], skip_modules: str | Iterable[str]) -> list[Found]:
@@ -107,23 +109,24 @@ def make_plan(
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{folder}: expected a dense model, its config has a quantization_config")
     config = NF4Config(**options)
-    if skip_modules is None:
-        skip_modules = NF4Quantizer(config)._default_skip(model)
+    default = NF4Quantizer(config)._default_skip(model)
+    skip = resolve_skip(skip_modules, default)
     experts = [name for name, module in model.named_modules() if is_experts(module)]
-    if not isinstance(skip_modules, str):
-        skip_modules = [*skip_modules, *experts]
-    config.skip_modules = skip_modules
+    config.skip_modules = skip if isinstance(skip, str) else [*skip, *experts]
     inside = tuple(f"{name}." for name in experts)
     layers = [
-        f for f in _find(model, shards.tensors, skip_modules) if not f.layer.startswith(inside)
+        f
+        for f in _find(model, shards.tensors, config.skip_modules)
+        if not f.layer.startswith(inside)
     ]
     found = {f.tensor: f.turned for f in layers}
     if not found:
         raise ValueError(
-            f"skip_modules: expected to leave a linear layer to quantize, {skip_modules} leaves "
+            f"skip_modules: expected to leave a linear layer to quantize, {skip} leaves "
             f"none in {type(model).__name__}"
         )
     check_complete(model, shards)
+    warn_of_skipped(model, skip, default, experts=False, stacklevel=4)
     return Plan(found, config.to_dict())
 
 

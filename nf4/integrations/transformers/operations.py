@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 
 from nf4.bitsandbytes_files import take
-from nf4.convert import dense_weights, quantized_layer, replace_layers
+from nf4.convert import quantized_layer, replace_layers
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import quantize
 from nf4.integrations.transformers.config import NF4Config
 from nf4.linear import LinearNF4, is_conv1d
 from nf4.quantized_module import QuantizedModule
+from nf4.selection import dense_weights
 from nf4.tensor import NF4Tensor
 
 # Of a weight that bitsandbytes wrote; the longer names first, for they are tried in order

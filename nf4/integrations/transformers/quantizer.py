@@ -11,12 +11,9 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from nf4.convert import (
-    dense_layers,
-    dense_weights,
     quantized_layer,
     replace_layers,
     tie_parts,
-    token_embeddings,
 )
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import ExpertsNF4, is_experts
@@ -39,7 +36,8 @@ from nf4.integrations.transformers.stored import (
 )
 from nf4.linear import LinearNF4
 from nf4.merging import merge
-from nf4.quantized_module import QuantizedModule
+from nf4.quantized_module import QuantizedModule, name_weights
+from nf4.selection import dense_layers, dense_weights, resolve_skip, select_layers, token_embeddings
 from nf4.tensor import PARTS, NF4Tensor, mark
 
 # transformers asks this of a weight before it draws one; some models name a layer's from outside
@@ -116,19 +114,18 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         self.stored = stored_tensors(checkpoint_files)
         ignore_marks(self.stored, model)
-        if config.skip_modules is None:
-            config.skip_modules = self._default_skip(model)
+        default = self._default_skip(model)
+        skip = resolve_skip(config.skip_modules, default)
+        config.skip_modules = skip if isinstance(skip, str) else list(skip)
         if config.quantize_embeddings:
             self._tie(model)
         if self.pre_quantized and not self._reads_bitsandbytes and self.stored:
             self._make_stored(model)
             return
-        layers = dense_layers(model, config.skip_modules, config.quantize_embeddings)
-        if not layers:
-            raise ValueError(
-                f"skip_modules: expected to leave a linear layer to quantize, "
-                f"{config.skip_modules} leaves none in {type(model).__name__}"
-            )
+        if self.pre_quantized:
+            layers = dense_layers(model, skip, config.quantize_embeddings)
+        else:
+            layers, _ = select_layers(model, skip, config.quantize_embeddings, default)
         self.weights = frozenset(
             f"{name}.{part}" for name, layer in layers.items() for part, _ in dense_weights(layer)
         )
@@ -142,7 +139,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         may be on it now, which is dense and new.
         """
         self.stored = names_in_model(self.stored, model)
-        layers = dense_layers(model, (), self.quantization_config.quantize_embeddings)
+        embeddings = self.quantization_config.quantize_embeddings
+        layers = dense_layers(model, (), embeddings, also_read=True)
         stored = {name.rpartition(".")[0] for name in self.stored if is_part(name)}
         inside = {name.rpartition(".")[0].rpartition(".")[0] for name in stored}
         layers = {
@@ -214,6 +212,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
                     parameter.requires_grad_(False)
                 module._choose_layout()
         tie_parts(model, self.tied)
+        name_weights(model)
         self.keep_conversions(model, getattr(model, "_weight_conversions", None) or [])
         if self._reads_bitsandbytes:
             self.quantization_config.stored_as = METHOD

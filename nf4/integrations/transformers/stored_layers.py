@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from nf4.convert import dense_layers, dense_weights
 from nf4.experts import PARTS as EXPERT_PARTS
 from nf4.experts import is_experts, with_expert_names
 from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.dense_layers import model_on_meta
 from nf4.integrations.transformers.stored import forms_in_model, model_names
+from nf4.selection import dense_layers, dense_weights
 from nf4.shards import Shards
 
 
@@ -50,7 +50,7 @@ def stored_layers(
     """
     config = NF4Config.from_dict(dict(said))
     model = model_on_meta(folder)
-    every = dense_layers(model, ())
+    every = dense_layers(model, (), also_read=True)
     embeddings = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     forms = forms_in_model(config.forms or {}, model)
     packed = [name for name in shards.tensors if name.rpartition(".")[2] == "packed"]
