@@ -13,7 +13,7 @@ from torch import Tensor
 from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.reference.embedding import embedding, gather_scales
 from nf4.reference.linear import accumulator
-from nf4.registry import call, define, run, run_without_autocast
+from nf4.registry import call, define, is_differentiated_again, run, run_without_autocast
 
 WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
 LAYOUT = "str layout='rows'"
@@ -289,7 +289,7 @@ def _scaled_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any)
 
 
 def _scaled_linear_autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # its formula leaves out what depends on x through y
+    if is_differentiated_again():  # its formula leaves out what depends on x through y
         _no_double_backward(ctx)
     x, y, input_factor, output_factor, *weight = ctx.saved_tensors
     need = ctx.needs_input_grad
@@ -442,6 +442,7 @@ define(
     _linear_backward,
     lambda dy, *args: dy.new_empty((*dy.shape[:-1], args[4])),
     _no_double_backward,
+    rows=True,
 )
 define(
     "linear",
@@ -450,6 +451,7 @@ define(
     _linear_fake,
     _linear_autograd,
     _linear_setup_context,
+    rows=True,
 )
 define(
     "scaled_linear",

@@ -8,7 +8,7 @@ what nf4/reference/ defines. nf4/operators.py says which there are.
 import importlib
 import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import torch
@@ -24,6 +24,7 @@ def define(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    rows: bool = False,
 ) -> None:
     """Register an operator ``nf4::name``.
 
@@ -34,17 +35,22 @@ def define(
         fake: the results' shapes and dtypes alone.
         backward: its gradient.
         setup_context: what backward keeps.
+        rows: whether the first argument may have any number of dimensions before its last.
     """
     qualified = f"nf4::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualified, "CompositeExplicitAutograd")(compute)
     torch.library.register_fake(qualified)(fake)
-    eager = None
+    eager, operator = None, getattr(torch.ops.nf4, name).default
+    functional = operator
+    if "()" not in schema:
+        torch.library.register_vmap(qualified, partial(_batched, operator, rows))
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+        functional = _functional(operator, backward, setup_context)
     if backward is not None and setup_context is not None:
         eager = _eager(compute, backward, setup_context)
-    _OPERATORS[name] = (compute, eager, getattr(torch.ops.nf4, name).default)
+    _OPERATORS[name] = (compute, eager, operator, functional)
 
 
 def _eager(
@@ -62,8 +68,66 @@ def _eager(
     return cast(Callable[..., Any], function.apply)
 
 
-# name: what computes it, the same with a gradient if it has one, and the operator itself
-_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Any]] = {}
+def is_differentiated_again() -> bool:
+    """Return whether a gradient that is being computed is to have a gradient itself."""
+    stack: list[Any] | None = torch._C._functorch.get_interpreter_stack()
+    if stack is None:
+        return torch.is_grad_enabled()
+    levels = [level.key() for level in stack]
+    return levels.count(torch._C._functorch.TransformType.Grad) > 1
+
+
+def _no_forward_mode(ctx: Any, *tangents: Tensor | None) -> None:
+    raise NotImplementedError("nf4: forward-mode differentiation is not implemented; use backward")
+
+
+def _batched(
+    operator: Callable[..., Any], rows: bool, info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Any, Any]:
+    """Compute an operator under ``torch.vmap``: all samples at once, or one after another.
+
+    Args:
+        operator: to be called on plain tensors.
+        rows: whether the first argument may have any number of dimensions before its last.
+        info: how many samples there are.
+        in_dims: of each argument, the dimension of samples; something else where it has none.
+        *args: the arguments.
+    """
+    batched = [i for i, dim in enumerate(in_dims) if isinstance(dim, int)]
+    if rows and batched == [0]:
+        return operator(args[0].movedim(in_dims[0], 0), *args[1:]), 0
+    found = []
+    for sample in range(info.batch_size):
+        own = {i: args[i].select(in_dims[i], sample) for i in batched}
+        found.append(operator(*(own.get(i, a) for i, a in enumerate(args))))
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+
+
+def _functional(
+    operator: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """Return an operator with its gradient for torch.func's grad, vjp, jacrev and vmap.
+
+    What ``torch.library.register_autograd`` makes of them torch.func refuses.
+    """
+    methods = {
+        "forward": staticmethod(operator),
+        "backward": staticmethod(backward),
+        "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        "jvp": staticmethod(_no_forward_mode),
+        "generate_vmap_rule": True,
+    }
+    function: Any = type("NF4", (torch.autograd.Function,), methods)
+    return cast(Callable[..., Any], function.apply)
+
+
+# name: what computes it, the same with a gradient if it has one, the operator itself, and the
+# operator as torch.func takes it
+_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Any, Any]] = {}
 
 
 def call(name: str, *args: Any) -> Any:
@@ -73,11 +137,13 @@ def call(name: str, *args: Any) -> Any:
     subclasses and modes (fake tensors, torch.compile, torch.func), while tracing, and to make
     views that are to be negated what they stand for.
     """
-    compute, eager, operator = _OPERATORS[name]
+    compute, eager, operator, functional = _OPERATORS[name]
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
+        return functional(*args)
     if (
-        torch.compiler.is_compiling()
+        compiling
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or args[0].is_meta  # all are on one device
     ):
