@@ -50,9 +50,9 @@ def exported(tmp_path_factory):
     root, found = tmp_path_factory.mktemp("exported"), {}
     torch.manual_seed(0)
     for name in CASES:
-        model = nf4.quantize_model(
-            make(name, **WHOLE_BLOCKS, hidden_size=CASES[name].get("block_size", 64)), **CASES[name]
-        )
+        width = CASES[name].get("block_size", 64)
+        sizes = {**WHOLE_BLOCKS, "hidden_size": width, "head_dim": width // 4}
+        model = nf4.quantize_model(make(name, **sizes), **CASES[name])
         model.save_pretrained(root / f"{name}-saved", max_shard_size="40KB")
         made = nf4.export_checkpoint(root / f"{name}-saved", root / name)
         assert made.layers and (made.dense > 0) == (name in ("Mixtral", "Gemma"))
