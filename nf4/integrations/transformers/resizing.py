@@ -1,0 +1,142 @@
+"""``resize_token_embeddings`` of models whose embeddings or output layer are in four bits.
+
+transformers resizes dense layers: they are dense while it does, and in four bits again afterwards,
+where every old row has the bytes that it had.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from nf4.adapted import AdaptedLayer
+from nf4.convert import quantized_layer
+from nf4.embedding import EmbeddingNF4
+from nf4.hosts import tell_hosts
+from nf4.linear import LinearNF4
+from nf4.quantized_module import QuantizedModule, name_weights
+from nf4.resizing import resized
+from nf4.tensor import NF4Tensor
+
+
+def install() -> None:
+    """Let every transformers model resize layers in four bits; once."""
+    shipped = PreTrainedModel.resize_token_embeddings
+    if hasattr(shipped, "knows_nf4"):
+        return
+    signature = inspect.signature(shipped)
+
+    @functools.wraps(shipped)
+    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        layers = _vocabulary_layers(self)
+        asked = [given.get("new_num_tokens"), given.get("pad_to_multiple_of")]
+        if not layers or asked == [None, None]:
+            return shipped(self, *args, **kwargs)
+        ties = {name: getattr(self, name) for name in _TIES}
+        try:
+            for name, known in ties.items():
+                setattr(self, name, _dense_ties(known))
+            _make_dense(self, layers)
+            shipped(self, *args, **kwargs)
+            made = _quantized_again(self, layers)
+        except BaseException:
+            made = layers
+            raise
+        finally:
+            for name, layer in made.items():
+                _put(self, name, layer)
+            for name, known in ties.items():
+                setattr(self, name, known)
+        name_weights(self)
+        tell_hosts(self)
+        return self.get_input_embeddings()
+
+    resize_token_embeddings.knows_nf4 = True  # type: ignore[attr-defined]
+    PreTrainedModel.resize_token_embeddings = resize_token_embeddings
+
+
+def _vocabulary_layers(model: Any) -> dict[str, Any]:
+    """Return the layers in four bits that have a row a token, by name.
+
+    Raises:
+        ValueError: one of them has adapters, nf4's or PEFT's.
+    """
+    found = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            found.append(get())
+        except NotImplementedError:  # a model of several towers
+            continue
+    for layer in (m for m in found if m is not None):
+        inside = any(isinstance(m, QuantizedModule) for m in layer.modules())
+        if inside and (isinstance(layer, AdaptedLayer) or not isinstance(layer, QuantizedModule)):
+            raise ValueError(
+                f"resize_token_embeddings: expected embeddings and an output layer without "
+                f"adapters, got a {type(layer).__name__}; resize before adding adapters"
+            )
+    weights = {id(m.packed) for m in found if isinstance(m, QuantizedModule)}
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, QuantizedModule) and (id(module.packed) in weights or module in found)
+    }
+
+
+_TIES = ("_tied_weights_keys", "all_tied_weights_keys")
+
+
+def _dense_ties(ties: Any) -> Any:
+    """Return which dense weights are tied, of which parts of 4-bit weights are."""
+    if not isinstance(ties, dict):
+        return ties
+    return {
+        _weight_of(target): _weight_of(source)
+        for target, source in ties.items()
+        if target.rpartition(".")[2] not in ("absmax", "absmax2", "offset")
+    }
+
+
+def _weight_of(name: str) -> str:
+    layer, _, part = name.rpartition(".")
+    return f"{layer}.weight" if part == "packed" else name
+
+
+def _make_dense(model: Any, layers: dict[str, Any]) -> None:
+    """Replace layers by dense ones; those that are tied have one weight."""
+    shared: dict[str, Any] = {}
+    for name, layer in layers.items():
+        source = _source(model, name)
+        make = layer.to_embedding if isinstance(layer, EmbeddingNF4) else layer.to_linear
+        dense = make(shared.get(source))
+        shared[source] = dense.weight
+        _put(model, name, dense)
+
+
+def _source(model: Any, name: str) -> str:
+    """Return the name of the layer that a layer's weight is tied to, its own if to none."""
+    source: str = model.all_tied_weights_keys.get(f"{name}.weight", f"{name}.weight")
+    return source.removesuffix(".weight")
+
+
+def _quantized_again(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
+    """Return layers in four bits with the rows that their dense ones have now."""
+    weights: dict[str, NF4Tensor] = {}
+    made = {}
+    for name, old in layers.items():
+        dense, source = model.get_submodule(name), _source(model, name)
+        if source not in weights:
+            weights[source] = resized(old.weight, dense.weight)
+        new = quantized_layer(dense, weights[source])
+        weights[source] = new.weight  # its parameters, which the next ones share
+        made[name] = new.take_after(old) if isinstance(new, LinearNF4) else new
+        for parameter in new.parameters():
+            parameter.requires_grad_(False)
+    return made
+
+
+def _put(model: Any, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
