@@ -16,6 +16,7 @@ from nf4.convert import (
     Model,
     check_model,
     check_no_peft,
+    check_parameters,
     replace_layers,
 )
 from nf4.experts import ExpertsNF4, is_experts
@@ -76,7 +77,7 @@ def find_targets(
                 f"got {type(module).__name__}"
             )
         if not isinstance(module, LinearNF4 | AdaptedLayer):
-            _check_parameters(name, module)
+            check_parameters(name, module)
         if isinstance(module, AdaptedLayer) and adapter_name in module.named_adapters():
             raise ValueError(
                 f"{name}: expected a layer without adapter {adapter_name!r}, got one with "
@@ -106,17 +107,6 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, LinearNF4 | AdaptedLayer) or name in dense
     }
-
-
-def _check_parameters(name: str, layer: nn.Module) -> None:
-    """Raise TypeError unless a dense layer holds its weight and bias as they are."""
-    for part in ("weight", "bias"):
-        value = getattr(layer, part)
-        if value is not None and not isinstance(value, nn.Parameter):
-            raise TypeError(
-                f"{name}: expected {part} to be a parameter, got one that is computed: remove "
-                "parametrizations and pruning first"
-            )
 
 
 def check_name_is_free(

@@ -63,7 +63,8 @@ def quantize_model(
         The model; a new `LinearNF4` if the model itself is a linear layer.
 
     Raises:
-        TypeError: model is no module, or a weight has an unsupported dtype.
+        TypeError: model is no module, a weight has an unsupported dtype, or is computed, as those
+            of pruned and weight-normed layers are.
         ValueError: block_size or scale is not supported, skip_modules no expression, no linear
             layer is found, of two layers that share a weight one is to be skipped, the model has
             PEFT's adapters, or a weight holds NaN or an infinity; the message names the layer.
@@ -192,8 +193,22 @@ def check_model(model: nn.Module) -> None:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
+def check_parameters(name: str, layer: nn.Module) -> None:
+    """Raise TypeError unless a dense layer holds its weight, and bias, as they are."""
+    for part in ("weight", "bias"):
+        value = getattr(layer, part, None)
+        if value is not None and not isinstance(value, nn.Parameter):
+            raise TypeError(
+                f"{name}: expected {part} to be a parameter, got one that is computed: remove "
+                "parametrizations and pruning first (torch.nn.utils.prune.remove, "
+                "remove_weight_norm, remove_spectral_norm, parametrize.remove_parametrizations)"
+            )
+
+
 def check_layer(name: str, layer: nn.Module) -> None:
     """Raise TypeError or ValueError, naming the layer, unless its weights can be quantized."""
+    if not is_experts(layer):
+        check_parameters(name, layer)
     for part, weight in dense_weights(layer):
         weight = weight.detach()
         check_weight(weight, f"{name}.{part}")

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import nf4
 
@@ -93,6 +94,24 @@ def test_quantize_model_names_the_bad_layer_and_changes_nothing(block) -> None:
     assert {n: id(m) for n, m in block.named_modules()} == before
     with pytest.raises(TypeError, match="up.weight: expected dtype float32"):
         nf4.quantize_model(block.double())
+
+
+COMPUTED = {
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "pruned_bias": lambda layer: prune.random_unstructured(layer, "bias", 0.5),
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "old_spectral_norm": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_layers_with_computed_weights_are_refused_before_anything_changes(case) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
+    COMPUTED[case](model[1])
+    with pytest.raises(TypeError, match="1: expected (weight|bias) to be a parameter, got one"):
+        nf4.quantize_model(model)
+    assert type(model[0]) is nn.Linear
 
 
 class Doubled(nn.Linear):

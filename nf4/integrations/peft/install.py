@@ -7,7 +7,7 @@ from typing import Any
 import peft.tuners.lora.model as peft_lora
 import peft.tuners.tuners_utils as peft_utils
 import peft.utils.transformers_weight_conversion as peft_conversion
-from peft import IA3Config, LoraConfig, TaskType
+from peft import IA3Config, LoraConfig, PeftModel, TaskType
 from peft.tuners.ia3.model import IA3Model
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
@@ -15,6 +15,8 @@ from torch import nn
 
 from nf4.adapted import AdaptedLayer
 from nf4.experts import ExpertsNF4
+from nf4.integrations.counting import uncounted
+from nf4.integrations.peft import prompts
 from nf4.integrations.peft.experts import ParamWrapper, parameters_of_experts
 from nf4.integrations.peft.ia3 import NF4IA3Linear
 from nf4.integrations.peft.lora import NF4LoraLinear
@@ -114,6 +116,15 @@ def install() -> None:
             names: list[str] = shipped_inject(self, peft_config, model, **options)
         return names
 
+    shipped_count = PeftModel.get_nb_trainable_parameters
+
+    @functools.wraps(shipped_count)
+    def count(self: Any) -> tuple[int, int]:
+        trainable, every = shipped_count(self)
+        return trainable, every + uncounted(self)
+
+    PeftModel.get_nb_trainable_parameters = count
+    prompts.install()
     peft_utils.BaseTuner._inject_parameters = inject
     peft_utils.BaseTuner._unload_and_optionally_merge = unload
     update_saved, ModulesToSaveWrapper.update = ModulesToSaveWrapper.update, update

@@ -118,7 +118,10 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
                 self.adapter_layer_names = (*self.adapter_layer_names, "lora_magnitude_vector")
             a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
             low = LowRank(a, b, self.scaling[adapter_name])
-            norm = weight_norm(self.base.weight, low)
+            if a.is_meta:  # low_cpu_mem_usage: the magnitude is read from a file, as A and B are
+                norm = torch.empty(b.shape[0], device=b.device)
+            else:
+                norm = weight_norm(self.base.weight, low)
             self.lora_magnitude_vector[adapter_name] = Magnitude(norm)
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
