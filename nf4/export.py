@@ -19,12 +19,14 @@ from nf4.files import check_new
 from nf4.functional import dequantize
 from nf4.rewriting import Rewriting, open_source
 from nf4.shards import Shards, read_json
-from nf4.tensor import PARTS, NF4Tensor, check_nf4, is_mark, packed_shape
+from nf4.tensor import DTYPES, PARTS, NF4Tensor, check_nf4, is_mark, packed_shape
 
 if TYPE_CHECKING:
     from nf4.integrations.transformers.stored_layers import StoredLayer
 
 FORMATS = ("bitsandbytes",)
+# As config.json calls them
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,14 @@ def export_checkpoint(
     for layer in layers:
         by_file.setdefault(shards.tensors[f"{layer.names[0]}.packed"].file, []).append(layer)
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(
+            f"{shards.folder / 'config.json'}: expected dtype {' or '.join(_DTYPES)}, got {dtype!r}"
+        )
     theirs = _config(said, dtype, dense_names)
     made_as = {"format": format, "config": theirs, "layers": [str(layer) for layer in layers]}
     with Rewriting(shards, target, made_as) as work:
-        make = partial(_exported, shards, by_file, getattr(torch, dtype))
+        make = partial(_exported, shards, by_file, _DTYPES[dtype])
         after = work.write_all(make, progress)
         work.finish(config | {"quantization_config": theirs})
     linear = sum(layer.kind == "linear" for layer in layers)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from nf4.functional import dequantize, quantize
 from nf4.linear import LinearNF4
+from nf4.shards import Shards
 from nf4.tensor import NF4Tensor
 
 INITIALIZATIONS = ("pissa", "loftq")
@@ -148,22 +148,16 @@ def _of_tensors(tensors: Mapping[str, Tensor]) -> Source:
 
 def _of_files(path: Path) -> Source:
     """Return what reads one tensor at a time from a safetensors file or from a folder of them."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
+    if path.is_file():
+        shards = Shards(path.parent, Shards.header(path.parent, path.name), indexed=False)
+    elif path.is_dir():
+        shards = Shards.read(path)
+    else:
         raise FileNotFoundError(f"original: expected safetensors, found none at {path}")
-    where: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                where.update(dict.fromkeys(opened.keys(), file))
-        except SafetensorError as error:
-            raise ValueError(f"{file}: expected a safetensors file, got {error}") from error
 
     def get(key: str) -> Tensor:
-        if key not in where:
+        if key not in shards.tensors:
             raise ValueError(f"{path}: expected a weight {key!r}, found none")
-        with safe_open(where[key], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(key)
-            return tensor
+        return shards.tensor(key)
 
     return get

@@ -424,7 +424,7 @@ def test_bad_original_is_refused_before_anything_changes(
 
 def test_truncated_original_is_named(base, tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
-    with pytest.raises(ValueError, match="model.safetensors: expected a safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors: expected a whole safetensors file"):
         nf4.add_lora(base, init_lora_weights="loftq", original=tmp_path)
     assert not adapted(base)
 

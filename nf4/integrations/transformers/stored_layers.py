@@ -48,7 +48,10 @@ def stored_layers(
     Raises:
         ValueError: transformers cannot make the model, or it has no layer for a weight.
     """
-    config = NF4Config.from_dict(dict(said))
+    try:
+        config = NF4Config.from_dict(dict(said))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: quantization_config: {error}") from error
     model = model_on_meta(folder)
     every = dense_layers(model, (), also_read=True)
     embeddings = {n: m for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
