@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint style types tests alone notebooks gpu clean
 
 demo: $(READY)
-	$(RUN) -m nf4.cli demo $(ARGS)
+	$(RUN) -m nf4.commands.cli demo $(ARGS)
 
 # Every stage runs, one after another, also after one that fails; then the whole fails
 test: $(READY)

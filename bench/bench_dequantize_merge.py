@@ -11,7 +11,7 @@ import torch
 
 import nf4
 from nf4.bench import cases
-from nf4.exact import product
+from nf4.error.exact import product
 
 TITLE = "dequantize_merge"
 DEFAULTS = cases.Options(shapes=[(1024, 1024)], ranks=[16, 64])
@@ -50,6 +50,6 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
 
 
 if __name__ == "__main__":
-    from nf4.cli import main
+    from nf4.commands.cli import main
 
     sys.exit(main(["bench", "dequantize_merge", *sys.argv[1:]]))

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from nf4 import exact
 from nf4.bench import adapters, cases
+from nf4.error import exact
 
 TITLE = "lora_down"
 DEFAULTS, ON_GPU = adapters.DEFAULTS, adapters.ON_GPU
@@ -39,6 +39,6 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
 
 
 if __name__ == "__main__":
-    from nf4.cli import main
+    from nf4.commands.cli import main
 
     sys.exit(main(["bench", "lora_down", *sys.argv[1:]]))

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from nf4 import exact
 from nf4.bench import adapters, cases
+from nf4.error import exact
 
 TITLE = "lora_grad"
 DEFAULTS, ON_GPU = adapters.DEFAULTS, adapters.ON_GPU
@@ -46,6 +46,6 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
 
 
 if __name__ == "__main__":
-    from nf4.cli import main
+    from nf4.commands.cli import main
 
     sys.exit(main(["bench", "lora_grad", *sys.argv[1:]]))

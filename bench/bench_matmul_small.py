@@ -21,6 +21,6 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
 
 
 if __name__ == "__main__":
-    from nf4.cli import main
+    from nf4.commands.cli import main
 
     sys.exit(main(["bench", "matmul_small", *sys.argv[1:]]))

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import nf4
-from nf4 import exact
 from nf4.bench import cases, peers
-from nf4.cost import weight_bytes
+from nf4.error import exact
+from nf4.tools.cost import weight_bytes
 
 TITLE = "QLoRA layer"
 DEFAULTS = cases.Options(shapes=[(2048, 2048)], rows=[1, 64, 256], dtypes=["bf16", "fp32"])
@@ -94,6 +94,6 @@ def training(labels, layers, x: torch.Tensor, weight: cases.Weight, r: int) -> c
 
 
 if __name__ == "__main__":
-    from nf4.cli import main
+    from nf4.commands.cli import main
 
     sys.exit(main(["bench", "qlora_step", *sys.argv[1:]]))

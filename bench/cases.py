@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nf4.bench.measure import Function
-from nf4.roundoff import Exact
+from nf4.error.roundoff import Exact
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # unless another is asked for
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

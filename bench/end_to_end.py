@@ -27,8 +27,8 @@ from nf4.bench.circumstances import circumstances
 from nf4.bench.end_to_end_run import PROMPT, Check, Child, ContenderError
 from nf4.bench.llama import SIZES, Options, free_bytes, largest_size, needed_bytes
 from nf4.bench.markdown import heading, table
-from nf4.files import write_file
-from nf4.progress import Progress, progress_bar, steps
+from nf4.tools.paths import write_file
+from nf4.tools.progress import Progress, progress_bar, steps
 
 FORMAT = "nf4-end-to-end-1"
 BATCHES = (1, 8, 32)  # of decoding

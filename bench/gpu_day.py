@@ -95,7 +95,7 @@ class Day:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write beside path and rename, as nf4.files does, which needs PyTorch to be imported."""
+    """Write beside path and rename, as nf4.tools.paths does, which needs PyTorch to be imported."""
     beside = path.with_name(f".{path.name}.part")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)

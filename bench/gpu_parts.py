@@ -79,7 +79,7 @@ def launch() -> int:
     results: list[Tensor] = []
     for n, k in ((256, 512), (96, 130), (7, 33)):
         w = torch.randn(n, k, dtype=torch.bfloat16, device=device)
-        results += [nf4.dequantize(nf4.quantize(w, scale=s)) for s in nf4.checks.SCALES]
+        results += [nf4.dequantize(nf4.quantize(w, scale=s)) for s in nf4.ops.checks.SCALES]
         q = nf4.quantize(w)
         if nf4.tensor.fits_fragments(q.shape, q.block_size):
             q = nf4.to_fragments(q)

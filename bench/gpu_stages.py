@@ -99,7 +99,7 @@ def share(group: str) -> float:
 
 def nf4(*arguments: str) -> list[str]:
     """Return how nf4's command line is called."""
-    return [sys.executable, "-m", "nf4.cli", *arguments]
+    return [sys.executable, "-m", "nf4.commands.cli", *arguments]
 
 
 def script(name: str, *arguments: str) -> list[str]:
@@ -168,7 +168,7 @@ def missing_imports(path: Path) -> list[str]:
 
 def _tuning(gpu: bool) -> list[Stage]:
     """Return a stage a model: what one of them measured is kept if the next has no time."""
-    models = runpy.run_path(str(ROOT / "nf4" / "shapes.py"))["MODELS"]
+    models = runpy.run_path(str(ROOT / "nf4" / "tools" / "shapes.py"))["MODELS"]
     return [
         Stage(
             f"tune-{name}",

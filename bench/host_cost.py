@@ -20,10 +20,10 @@ from unittest import mock
 import torch
 
 import nf4
-from nf4 import registry
 from nf4.bench.circumstances import circumstances
 from nf4.bench.markdown import heading, table
-from nf4.files import write_file
+from nf4.ops import registry
+from nf4.tools.paths import write_file
 
 FORMAT = "nf4-host-cost-1"
 CALLS = 5000

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import nf4
 from nf4.bench import contenders
-from nf4.convert import quantized_layers
+from nf4.models.quantize import quantized_layers
 
 R, LORA_ALPHA = 16, 32
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, output tied to embeddings.

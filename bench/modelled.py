@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from nf4 import cost
 from nf4.bench.markdown import table
 from nf4.gpu.plan import plan
 from nf4.kernels import _aot, _report
+from nf4.tools import cost
 
 H200 = cost.DEVICES[0]
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]

@@ -8,7 +8,7 @@ import numpy as np
 
 from nf4.bench.circumstances import slug
 from nf4.bench.results import Results, Row
-from nf4.figures import COLORS, figure
+from nf4.tools.figures import COLORS, figure
 
 MARKERS = "osD^vP*X"
 DPI = 120

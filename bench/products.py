@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 import nf4
-from nf4 import exact
 from nf4.bench import cases, peers
 from nf4.bench.measure import Function
-from nf4.cost import weight_bytes
+from nf4.error import exact
 from nf4.tensor import fits_fragments
+from nf4.tools.cost import weight_bytes
 
 CHECKED = 64  # rows of x
 MOST_ROWS_OF_SMALL = 16

@@ -8,7 +8,7 @@ import torch
 
 from nf4.bench.cases import DEVICE, DTYPES, Options
 from nf4.bench.circumstances import FOLDER
-from nf4.shapes import MODELS
+from nf4.tools.shapes import MODELS
 
 OPS = tuple(sorted(file.stem.removeprefix("bench_") for file in FOLDER.glob("bench_*.py")))
 
@@ -20,7 +20,7 @@ class Request:
     Attributes:
         ops: names of `OPS`; none for all.
         shapes: ``"NxK"`` of W, or ``"MxNxK"`` with the rows of x.
-        model: a key of `nf4.shapes.MODELS`, in place of shapes.
+        model: a key of `nf4.tools.shapes.MODELS`, in place of shapes.
         rows: of x, M.
         ranks: of the adapter.
         dtypes: names of `nf4.bench.cases.DTYPES`.

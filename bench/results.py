@@ -8,7 +8,7 @@ from typing import Any
 from nf4.bench.ceilings import Ceilings
 from nf4.bench.circumstances import FOLDER, slug
 from nf4.bench.measure import Timing
-from nf4.files import write_file
+from nf4.tools.paths import write_file
 
 FORMAT = "nf4-bench-1"
 RESULTS = FOLDER / "results"

@@ -15,7 +15,7 @@ from nf4.bench.ceilings import Ceilings, measure_ceilings
 from nf4.bench.circumstances import circumstances, device_name
 from nf4.bench.measure import Function, interleaved
 from nf4.bench.request import Request
-from nf4.cost import device_of
+from nf4.tools.cost import device_of
 
 # A result that is no result: formats of 4 bits lie 0.1 from a dense weight, and nearer each other
 PEER_ERROR = 0.2

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4 import samples
 from nf4.bench import contenders
 from nf4.bench.circumstances import circumstances
 from nf4.bench.markdown import heading, table
-from nf4.convert import quantized_layers
-from nf4.error import perplexity
-from nf4.files import write_file
-from nf4.progress import Progress, progress_bar, steps
+from nf4.error.measured import perplexity
+from nf4.models.quantize import quantized_layers
+from nf4.tools import samples
+from nf4.tools.paths import write_file
+from nf4.tools.progress import Progress, progress_bar, steps
 
 FORMAT = "nf4-smollm2-1"
 NAMES = ("nf4", "bitsandbytes")

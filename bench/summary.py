@@ -10,13 +10,13 @@ from nf4.bench.circumstances import FOLDER
 from nf4.bench.markdown import table
 from nf4.bench.render import MODULES
 from nf4.bench.results import Results, Row
-from nf4.files import write_file
+from nf4.tools.paths import write_file
 
 README = FOLDER.parent / "README.md"
 BEGIN = "<!-- Made by `nf4 bench --render` from bench/results: do not edit. -->"
 METHODS = "<!-- Made by `nf4 bench --render` from comparisons in bench/results: do not edit. -->"
 END = "<!-- End of what was made. -->"
-COMPARISON = "nf4-compare-1"  # format of what nf4.compare writes
+COMPARISON = "nf4-compare-1"  # format of what nf4.commands.comparison writes
 SHAPE = "4096×4096"
 OPS = ("quantize", "dequantize", "matmul", "qlora_step")
 PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
@@ -38,7 +38,7 @@ def summary(folder: Path = results.RESULTS) -> str:
 
 
 def methods(folder: Path = results.RESULTS) -> str:
-    """Return the tables of methods of fine-tuning as Markdown, see `nf4.compare`.
+    """Return the tables of methods of fine-tuning as Markdown, see `nf4.commands.comparison`.
 
     Raises:
         ValueError: a file of results is broken.

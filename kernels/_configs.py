@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from ..cost import Device, device_of, weight_bytes
+from ..tools.cost import Device, device_of, weight_bytes
 from ._measured import measured
 
 

@@ -37,7 +37,7 @@ def file_of(name: str) -> Path:
 
 @lru_cache
 def measured(name: str) -> Measured:
-    """Return what was measured on a device of nf4/cost.py; nothing if there is no file."""
+    """Return what was measured on a device of nf4/tools/cost.py; nothing if there is no file."""
     path = file_of(name)
     if not path.is_file():
         return Measured()

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
-from ..scratch import scratch, zeros
+from ..tools.scratch import scratch, zeros
 from . import _lanes
 from ._configs import MatmulConfig, padded_rank
 

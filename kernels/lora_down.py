@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dropout import dropout_threshold
+from ..tools.dropout import dropout_threshold
 from ._aot import Variant
 from ._configs import MATRIX, lora_down_config, lora_down_warps
 from ._dropout import keep

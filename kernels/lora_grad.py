@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cost import device_of
-from ..dropout import dropout_threshold
+from ..tools.cost import device_of
+from ..tools.dropout import dropout_threshold
 from ._aot import Variant
 from ._configs import MATRIX, MMA, WGMMA, is_amd, padded_rank
 from ._dropout import keep

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import LARGEST_ABSMAX, SMALLEST_ABSMAX, nf4_thresholds
-from ..scale_search import (
+from ..tools.scale_search import (
     CANDIDATES,
     IMPORTANCE_UNIT,
     LEVEL_STEPS,

@@ -7,15 +7,11 @@ what four bits cost. Importing this package needs neither a GPU nor Triton.
 from typing import Any
 
 from nf4 import losses
-from nf4.activations import collect_activation_stats
-from nf4.adapters import disable_adapter, mixed_batch, set_adapter
-from nf4.bitsandbytes_files import from_bitsandbytes, to_bitsandbytes
-from nf4.checkpoint import load_adapter, save_adapter
-from nf4.convert import quantize_model
-from nf4.dispatch import explain
-from nf4.embedding import EmbeddingNF4
-from nf4.error import model_error, quantization_error
-from nf4.export import export_checkpoint
+from nf4.error.activations import collect_activation_stats
+from nf4.error.measured import model_error, quantization_error
+from nf4.files.checkpoint import load_adapter, save_adapter
+from nf4.files.export import export_checkpoint
+from nf4.files.stream import quantize_checkpoint
 from nf4.functional import (
     dequantize,
     embedding,
@@ -26,14 +22,18 @@ from nf4.functional import (
     to_rows,
 )
 from nf4.integrations.lazy import import_with
-from nf4.kinds.adamix import add_adamix, merge_adamix
-from nf4.kinds.ia3 import add_ia3
-from nf4.kinds.lora import add_lora
-from nf4.linear import LinearNF4, QLoRALinear
-from nf4.merging import merge
-from nf4.scratch import release_scratch
-from nf4.stream import quantize_checkpoint
+from nf4.layers.bitsandbytes import from_bitsandbytes, to_bitsandbytes
+from nf4.layers.embedding import EmbeddingNF4
+from nf4.layers.linear import LinearNF4, QLoRALinear
+from nf4.models.adapt import disable_adapter, mixed_batch, set_adapter
+from nf4.models.kinds.adamix import add_adamix, merge_adamix
+from nf4.models.kinds.ia3 import add_ia3
+from nf4.models.kinds.lora import add_lora
+from nf4.models.merge import merge
+from nf4.models.quantize import quantize_model
+from nf4.ops.choice import explain
 from nf4.tensor import NF4Tensor
+from nf4.tools.scratch import release_scratch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -77,7 +77,7 @@ def __getattr__(name: str) -> Any:
     """Import `expected_error` when it is asked for: scipy takes longer than all of nf4."""
     if name != "expected_error":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nf4.theory import expected_error
+    from nf4.error.theory import expected_error
 
     return expected_error
 

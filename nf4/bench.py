@@ -3,6 +3,6 @@
 Importing this module imports no benchmark.
 """
 
-from nf4.files import beside_package
+from nf4.tools.paths import beside_package
 
 __path__ = [str(beside_package("bench"))]

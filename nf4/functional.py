@@ -1,6 +1,6 @@
 """Quantize, dequantize and multiply: the public functions; they check all arguments.
 
-What they compute, and how gradients flow, is registered in `nf4.operators`.
+What they compute, and how gradients flow, is registered in `nf4.ops.operators`.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nf4 import operators  # noqa: F401  # registers them
-from nf4.checks import (
+from nf4.ops import operators  # noqa: F401  # registers them
+from nf4.ops.checks import (
     check_block_size,
     check_dequantize_out,
     check_dropout,
@@ -25,8 +25,8 @@ from nf4.checks import (
     check_weight,
     check_weights,
 )
+from nf4.ops.registry import call
 from nf4.reference.dequantize_absmax import dequantize_absmax
-from nf4.registry import call
 from nf4.tensor import NF4Tensor, check_fragments, check_nf4, packed_shape
 
 

@@ -5,6 +5,6 @@ Face's ``kernels`` and break ``import transformers``. An installed nf4 has the f
 file; a checkout has it one level up. Importing this module imports no kernel and no Triton.
 """
 
-from nf4.files import beside_package
+from nf4.tools.paths import beside_package
 
 __path__ = [str(beside_package("kernels"))]

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nf4
-from nf4.adapted import adapted_layers
-from nf4.adapter import KINDS
-from nf4.adapters import adapter_names
+from nf4.adapters.layer import adapted_layers
+from nf4.adapters.term import KINDS
+from nf4.models.adapt import adapter_names
 
 
 @pytest.fixture

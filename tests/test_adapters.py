@@ -12,7 +12,7 @@ from torch import nn
 
 import nf4
 import nf4.integrations.peft
-from nf4.adapters import adapter_names
+from nf4.models.adapt import adapter_names
 
 KINDS = {
     "lora": {},

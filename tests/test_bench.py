@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import nf4
-import nf4.cli
+import nf4.commands.cli
 from nf4.bench import ceilings, footprint, measure, peers, results, run
 from nf4.bench import request as requests
 from nf4.bench.cases import Case, Options
 from nf4.bench.measure import Timing
-from nf4.cli import main
+from nf4.commands.cli import main
 
 triton = pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
@@ -404,7 +404,7 @@ def test_plot_draws_rooflines_and_sweeps(bench, tmp_path) -> None:
 @pytest.mark.parametrize("script", sorted(BENCH.glob("bench_*.py")), ids=lambda p: p.stem)
 def test_script_is_the_command_with_its_op(script, monkeypatch) -> None:
     given = []
-    monkeypatch.setattr(nf4.cli, "main", lambda arguments: given.append(arguments) or 3)
+    monkeypatch.setattr(nf4.commands.cli, "main", lambda arguments: given.append(arguments) or 3)
     monkeypatch.setattr(sys, "argv", [str(script), "--rounds", "1"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(script), run_name="__main__")

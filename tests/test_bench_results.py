@@ -11,7 +11,7 @@ import pytest
 from nf4.bench import circumstances, compare, plots, render, results, summary
 from nf4.bench.ceilings import Ceilings
 from nf4.bench.measure import Timing
-from nf4.cli import main
+from nf4.commands.cli import main
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 LIMITS = Ceilings(copy=1e10, products={"bf16": 1e11, "fp32": 1e11}, spread=1.05)

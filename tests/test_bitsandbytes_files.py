@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import nf4
-from nf4.bitsandbytes_files import tensors_of
+from nf4.layers.bitsandbytes import tensors_of
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 

@@ -212,7 +212,7 @@ def test_save_leaves_nothing_when_it_fails(block, tmp_path, monkeypatch) -> None
     def full_disk(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("nf4.adapter_files.save_tensors", full_disk)
+    monkeypatch.setattr("nf4.files.adapters.save_tensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         nf4.save_adapter(model, tmp_path / "new" / "adapter")
     assert list((tmp_path / "new").iterdir()) == []

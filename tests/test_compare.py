@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import nf4
-from nf4 import samples
 from nf4.bench import render, summary
-from nf4.cli import main
-from nf4.compare import methods, one, plots, report, run
-from nf4.compare.methods import METHODS
-from nf4.compare.one import Request
-from nf4.demo.train import LENGTH, batches
-from nf4.error import perplexity
+from nf4.commands.cli import main
+from nf4.commands.comparison import methods, one, plots, report, run
+from nf4.commands.comparison.methods import METHODS
+from nf4.commands.comparison.one import Request
+from nf4.commands.demo.train import LENGTH, batches
+from nf4.error.measured import perplexity
+from nf4.tools import samples
 
 STEPS, R = 3, 4
 HIDDEN, INNER, KEYS = 64, 96, 32  # the widths of the model, and of its keys and values

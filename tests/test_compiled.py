@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
-from nf4.cli import main  # noqa: E402
+from nf4.commands.cli import main  # noqa: E402
 from nf4.kernels import _aot, _report  # noqa: E402
 
 pytestmark = pytest.mark.skipif(

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("numba", reason="nf4.cpu needs numba")
 
 import nf4
-from nf4 import exact, reference, registry
+from nf4 import reference
 from nf4.codebook import BLOCK_SIZES
 from nf4.cpu import _threads
 from nf4.cpu import across as cpu_across
@@ -22,6 +22,8 @@ from nf4.cpu import linear as cpu_linear
 from nf4.cpu import lora_linear as cpu_lora_linear
 from nf4.cpu import quantize as cpu_quantize
 from nf4.cpu import quantize_absmax as cpu_quantize_absmax
+from nf4.error import exact
+from nf4.ops import registry
 from nf4.reference import dequantize as reference_dequantize
 from nf4.reference import dropout_mask as reference_dropout_mask
 from nf4.reference import quantize as reference_quantize
@@ -359,7 +361,7 @@ OTHER_CPUS = {
 }
 OTHER_CPU = """
 import torch, nf4
-from nf4 import exact
+from nf4.error import exact
 from nf4.cpu import dequantize, few_rows, quantize
 from nf4.reference import dequantize as reference_dequantize, quantize as reference_quantize
 torch.manual_seed(0)

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nf4.cli import main
-from nf4.error import perplexity
-from nf4.samples import load_model, plain_text, wikipedia_windows
-from nf4.selection import dense_layers
+from nf4.commands.cli import main
+from nf4.error.measured import perplexity
+from nf4.models.selection import dense_layers
+from nf4.tools.samples import load_model, plain_text, wikipedia_windows
 
 pytestmark = [pytest.mark.demo, pytest.mark.alone]
 

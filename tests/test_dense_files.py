@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import nf4
-from nf4.cli import main
-from nf4.dense_files import dense_weights_in
+from nf4.commands.cli import main
+from nf4.files.dense import dense_weights_in
 
 
 def assert_same_rows(found, expected) -> None:
@@ -98,7 +98,7 @@ def test_gguf_has_the_weights_that_transformers_loads() -> None:
     assert spec is not None and spec.origin is not None
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
     weight = next(w for w in dense_weights_in(gguf) if w.name == "blk.7.ffn_up")
-    from nf4.samples import load_model
+    from nf4.tools.samples import load_model
 
     dense, _ = load_model(None)
     assert torch.equal(weight.read(), dense.model.layers[7].mlp.up_proj.weight)
@@ -201,7 +201,7 @@ def test_a_folder_does_not_run_its_own_code(tiny_llama, tmp_path) -> None:
 
 
 def test_gguf_beside_a_config_is_told_by_its_names(tmp_path) -> None:
-    from nf4.samples import model_path
+    from nf4.tools.samples import model_path
 
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "one.gguf").symlink_to(model_path("smollm2"))

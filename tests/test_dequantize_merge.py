@@ -5,7 +5,7 @@ import torch
 from helpers import error, on_gpus
 
 import nf4
-from nf4.exact import Exact, product
+from nf4.error.exact import Exact, product
 from nf4.reference import dequantize_merge as reference
 
 # n, k, block size, double quantization, dtype, rank

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import nf4
-from nf4 import registry
+from nf4.ops import registry
 
 Q = nf4.quantize(torch.randn(32, 128))
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import nf4
-from nf4.error import perplexity
+from nf4.error.measured import perplexity
 
 
 def test_quantization_error_is_what_its_fields_say() -> None:

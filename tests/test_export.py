@@ -12,7 +12,7 @@ from helpers import error
 from safetensors.torch import load_file
 
 import nf4
-from nf4.cli import main
+from nf4.commands.cli import main
 from nf4.integrations.transformers import NF4Config
 
 # The library's own warnings; and it computes in the dtype of its config

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nf4
-from nf4.files import beside, new_folder, save_tensors, write_file
+from nf4.tools.paths import beside, new_folder, save_tensors, write_file
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="locks and limits are those of Linux")
 
@@ -22,7 +22,7 @@ def source(tiny_llama, tmp_path):
 
 
 def quantize(*arguments, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "nf4.cli", "quantize", *map(str, arguments)]
+    command = [sys.executable, "-m", "nf4.commands.cli", "quantize", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, **pipes, **options)
 
@@ -85,7 +85,7 @@ FULL = """
 import resource, signal, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from nf4.cli import main
+from nf4.commands.cli import main
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -146,7 +146,7 @@ def test_a_list_that_was_cut_or_is_none_begins_anew(source, tmp_path) -> None:
 @linux
 def test_a_target_that_another_process_holds_is_refused(source, tmp_path) -> None:
     (tmp_path / ".q.part").mkdir()
-    from nf4.files import try_lock, unlock
+    from nf4.tools.paths import try_lock, unlock
 
     lock = try_lock(tmp_path / ".q.part" / ".lock")
     with pytest.raises(BlockingIOError, match="target_dir: expected no other process to write"):

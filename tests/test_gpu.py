@@ -7,11 +7,13 @@ from helpers import error
 pytest.importorskip("triton", reason="nf4.gpu needs Triton")
 
 import nf4
-from nf4 import exact, operators, registry, scratch
+from nf4.error import exact
 from nf4.gpu import linear as gpu_linear
 from nf4.gpu import lora_linear as gpu_lora_linear
 from nf4.gpu import plan as gpu_plan
+from nf4.ops import operators, registry
 from nf4.reference.dropout_mask import dropout_mask
+from nf4.tools import scratch
 
 pytestmark = pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
 

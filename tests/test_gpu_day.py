@@ -290,7 +290,7 @@ def test_what_is_found_is_one_line() -> None:
 
 
 def test_launch_reaches_every_operator(monkeypatch) -> None:
-    from nf4 import registry
+    from nf4.ops import registry
 
     called = set()
     found = registry.implementation

@@ -12,10 +12,10 @@ from peft import IA3Config, PeftModel, get_peft_model
 from torch import nn
 
 import nf4
-from nf4.adapted import AdaptedLayer
-from nf4.adapters import adapter_names
-from nf4.kinds.ia3 import KNOWN_TARGETS
-from nf4.linear import is_conv1d, is_linear
+from nf4.adapters.layer import AdaptedLayer
+from nf4.layers.linear import is_conv1d, is_linear
+from nf4.models.adapt import adapter_names
+from nf4.models.kinds.ia3 import KNOWN_TARGETS
 
 
 @pytest.fixture

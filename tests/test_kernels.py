@@ -30,7 +30,7 @@ def test_kernel_has_the_signature_of_its_reference(op) -> None:
     "op", ["quantize", "quantize_mse", "quantize_absmax", "dequantize", "repack"]
 )
 def test_operator_takes_the_kernel_on_a_gpu(op) -> None:
-    from nf4.registry import implementation
+    from nf4.ops.registry import implementation
 
     assert implementation(op, "cuda").__module__ == f"nf4.kernels.{op}"
 

@@ -10,8 +10,8 @@ from kinds import ADD, TOKENS, logits, randomize, with_kind
 from torch import nn
 
 import nf4
-from nf4.adapted import adapted_layers
-from nf4.adapters import adapter_names
+from nf4.adapters.layer import adapted_layers
+from nf4.models.adapt import adapter_names
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import nf4
-from nf4 import exact
+from nf4.error import exact
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import on_gpus
 
-from nf4 import exact
+from nf4.error import exact
 from nf4.reference import lora_down as reference
 
 # m, k, rank, dropout, dtype

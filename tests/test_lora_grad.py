@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import on_gpus
 
-from nf4 import exact
-from nf4.cost import Device
+from nf4.error import exact
 from nf4.reference import lora_grad as reference
+from nf4.tools.cost import Device
 
 # m, columns, rank, with w and sums, dropout, dtype
 CASES = {

@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import nf4
-from nf4 import exact
+from nf4.error import exact
 from nf4.reference.dropout_mask import dropout_mask
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import make_product, on_gpus
 
-import nf4.cost
+import nf4.tools.cost
 from nf4.reference import matmul as reference
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -93,8 +93,8 @@ def test_matmul_ptx_of_the_widest_tile(emulate, monkeypatch) -> None:
 @pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("split_k", [2, 3, 8])
 def test_matmul_ptx_splits_k_in_any_number_of_parts(split_k, emulate, monkeypatch) -> None:
-    from nf4 import scratch
     from nf4.kernels import matmul as kernel
+    from nf4.tools import scratch
 
     scratch.release_scratch()
     use(monkeypatch, kernel, block_m=32, block_n=64, split_k=split_k)
@@ -184,7 +184,7 @@ def test_amd_takes_whole_sums(monkeypatch) -> None:
 
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    monkeypatch.setattr(_configs, "device_of", lambda device: nf4.cost.DEVICES[-1])
+    monkeypatch.setattr(_configs, "device_of", lambda device: nf4.tools.cost.DEVICES[-1])
     assert {c.split_k for c in _configs.ranked("matmul", 16, 4096, 4096, gpu)} == {1}
     config = _configs.lora_down_config.__wrapped__(16, 4096, 64, gpu)
     assert (config.split_k, config.num_stages) == (1, 2)

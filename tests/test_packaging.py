@@ -69,7 +69,12 @@ def test_wheel_has_nf4_as_its_only_top_level(wheel) -> None:
         assert file.read(top).decode().split() == ["nf4"]
     roots = {n.split("/")[0] for n in names if ".dist-info/" not in n}
     assert roots == {"nf4"}
-    for needed in ("py.typed", "kernels.py", "demo/othello.txt", "demo/macbeth.txt"):
+    for needed in (
+        "py.typed",
+        "kernels.py",
+        "commands/demo/othello.txt",
+        "commands/demo/macbeth.txt",
+    ):
         assert f"nf4/{needed}" in names
     assert not [n for n in names if "test" in n]
 
@@ -81,7 +86,7 @@ def test_wheel_has_every_module_of_nf4_kernels_and_bench(wheel) -> None:
     for folder, package in (("nf4", "nf4"), ("kernels", "nf4/kernels"), ("bench", "nf4/bench")):
         for path in (ROOT / folder).rglob("*.py"):
             expected.add(f"{package}/{path.relative_to(ROOT / folder).as_posix()}")
-    assert {"nf4/report/run.py", "nf4/bench/run.py", "nf4/kernels/dequantize.py"} < expected
+    assert {"nf4/error/report/run.py", "nf4/bench/run.py", "nf4/kernels/dequantize.py"} < expected
     assert found == expected
 
 

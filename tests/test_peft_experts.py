@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import nf4
-from nf4.experts import ExpertsNF4
 from nf4.integrations.peft import merge_and_requantize
+from nf4.layers.experts import ExpertsNF4
 
 TOKENS = 3 + torch.arange(24).view(2, 12)
 MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}

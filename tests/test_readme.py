@@ -37,7 +37,7 @@ def test_readme_examples_run_in_order(tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.filterwarnings("default")
 def test_readme_script_for_who_comes_from_bitsandbytes(tmp_path, monkeypatch, capsys) -> None:
     """The script as it stands but for the model's name, which is a folder: there is no network."""
-    from nf4.samples import load_model
+    from nf4.tools.samples import load_model
 
     monkeypatch.chdir(tmp_path)
     model, tokenizer = load_model(None)

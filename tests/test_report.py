@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import nf4
-from nf4.cli import main
-from nf4.progress import progress_bar
-from nf4.report.measure import ErrorReport, as_json, measure, perplexities
-from nf4.report.run import run_error, scored_schemes
-from nf4.schemes import Scheme
+from nf4.commands.cli import main
+from nf4.error.report.measure import ErrorReport, as_json, measure, perplexities
+from nf4.error.report.run import run_error, scored_schemes
+from nf4.error.schemes import Scheme
+from nf4.tools.progress import progress_bar
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -45,7 +45,7 @@ def written(folder, tmp_path_factory):
     """Run the whole report once, perplexities of a stand-in model included."""
     out = tmp_path_factory.mktemp("report") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nf4.report.run.load_model", lambda source: stand_in(folder))
+        patch.setattr("nf4.error.report.run.load_model", lambda source: stand_in(folder))
         text = out.parent / "text.txt"
         text.write_text("word " * 3000)
         options = ["--perplexity", str(text), "--tokens", "512", "--out", str(out)]
@@ -232,7 +232,7 @@ def test_a_model_of_few_positions_is_refused_before_it_is_measured(
 ) -> None:
     model, tokenizer = stand_in(folder)
     model.config.max_position_embeddings = 256
-    monkeypatch.setattr("nf4.report.run.load_model", lambda source: (model, tokenizer))
+    monkeypatch.setattr("nf4.error.report.run.load_model", lambda source: (model, tokenizer))
     text = tmp_path / "text.txt"
     text.write_text("word " * 3000)
     with pytest.raises(ValueError, match="model: expected one of at least 512 positions.* got 256"):
@@ -240,7 +240,7 @@ def test_a_model_of_few_positions_is_refused_before_it_is_measured(
 
 
 def test_rows_without_a_number_are_sorted_last() -> None:
-    from nf4.report.page import _cell
+    from nf4.error.report.page import _cell
 
     assert _cell("inf", float("inf")) == '<td data-value="Infinity">inf</td>'
     assert _cell("nan", float("nan")) == '<td data-value="nan">nan</td>'
@@ -272,9 +272,9 @@ def test_nothing_is_left_of_a_report_that_fails(folder, tmp_path, monkeypatch) -
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("nf4.report.run.as_csv", fail)
-    monkeypatch.setattr("nf4.report.measure.compared", lambda: [Scheme(b) for b in ()])
-    monkeypatch.setattr("nf4.report.page.page", lambda *_: "")
+    monkeypatch.setattr("nf4.error.report.run.as_csv", fail)
+    monkeypatch.setattr("nf4.error.report.measure.compared", lambda: [Scheme(b) for b in ()])
+    monkeypatch.setattr("nf4.error.report.page.page", lambda *_: "")
     with pytest.raises(OSError, match="no space left"):
         options = (("lm_head",), Scheme(), None, 4096, tmp_path / "out", progress_bar)
         run_error(folder, *options)
@@ -282,7 +282,7 @@ def test_nothing_is_left_of_a_report_that_fails(folder, tmp_path, monkeypatch) -
 
 
 def test_codebooks_are_a_table(capsys, monkeypatch) -> None:
-    from nf4 import schemes
+    from nf4.error import schemes
 
     few = [Scheme(), Scheme(block_size=128), Scheme("int4"), Scheme(scale="mse")]
     monkeypatch.setattr(schemes, "compared", lambda: few)

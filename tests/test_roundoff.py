@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import nf4
-from nf4 import exact
-from nf4.roundoff import Roundoff, rounding, summing
+from nf4.error import exact
+from nf4.error.roundoff import Roundoff, rounding, summing
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CASES = [(1, 96, 512), (600, 96, 512), (8, 33, 4096), (600, 7, 33)]  # M, N, K
@@ -140,7 +140,7 @@ def test_gradients_need_the_gradient_of_y() -> None:
 
 CODE = """
 import json, sys, torch
-from nf4 import verify
+from nf4.error import verify
 verify._SHAPES, verify._ROWS = ((96, 130), (7, 33)), (1, 17)
 torch.set_num_threads(int(sys.argv[1]))
 rows = [r for r in verify.verify("cpu", seed=1) if r.against == "float64"]

@@ -5,8 +5,8 @@ import torch
 
 import nf4
 from nf4.codebook import BLOCK_SIZES
-from nf4.codebooks import CODEBOOKS, codebook
-from nf4.schemes import Scheme, codebook_errors, compared, round_to_codebook
+from nf4.error.codebooks import CODEBOOKS, codebook
+from nf4.error.schemes import Scheme, codebook_errors, compared, round_to_codebook
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -6,10 +6,10 @@ import transformers
 from torch import nn
 
 import nf4
-from nf4.cli import main
+from nf4.commands.cli import main
 from nf4.integrations.transformers import NF4Config
-from nf4.readers import read_layers
-from nf4.selection import resolve_skip
+from nf4.models.readers import read_layers
+from nf4.models.selection import resolve_skip
 
 SMALL = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}

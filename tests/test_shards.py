@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nf4
-from nf4.cli import main
-from nf4.shards import INDEX, Shards, read_index, read_json
+from nf4.commands.cli import main
+from nf4.tools.shards import INDEX, Shards, read_index, read_json
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

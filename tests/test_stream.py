@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nf4
-import nf4.rewriting
-from nf4.cli import main
+import nf4.files.rewriting
+from nf4.commands.cli import main
 from nf4.integrations.transformers import NF4Config
 
 
@@ -112,7 +112,7 @@ def test_experts_stay_dense_and_the_folder_opens(tmp_path) -> None:
 
 def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:
     written = []
-    save = nf4.rewriting.save_tensors
+    save = nf4.files.rewriting.save_tensors
 
     def failing(tensors, file) -> None:
         if len(written) == 2:
@@ -120,7 +120,7 @@ def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:
         written.append(file.name)
         save(tensors, file)
 
-    monkeypatch.setattr(nf4.rewriting, "save_tensors", failing)
+    monkeypatch.setattr(nf4.files.rewriting, "save_tensors", failing)
     with pytest.raises(KeyboardInterrupt):
         nf4.quantize_checkpoint(source, tmp_path / "q")
     assert not (tmp_path / "q").exists()
@@ -129,7 +129,9 @@ def test_an_interrupted_run_goes_on(source, tmp_path, monkeypatch) -> None:
     cut.write_bytes(cut.read_bytes()[:-10])  # as if the machine had died
     first, written[:] = list(written), []
     monkeypatch.setattr(
-        nf4.rewriting, "save_tensors", lambda t, file: (written.append(file.name), save(t, file))
+        nf4.files.rewriting,
+        "save_tensors",
+        lambda t, file: (written.append(file.name), save(t, file)),
     )
     nf4.quantize_checkpoint(source, tmp_path / "q")
     everything = sorted(p.name for p in source.glob("*.safetensors"))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import nf4
-from nf4.demo import t_few
-from nf4.demo.t_few import T_FEW, Example, Recipe, accuracy, fine_tune
+from nf4.commands.demo import t_few
+from nf4.commands.demo.t_few import T_FEW, Example, Recipe, accuracy, fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = Recipe(steps=40, batch_size=6, learning_rate=5e-2, warmup_steps=4)

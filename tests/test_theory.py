@@ -10,8 +10,8 @@ from scipy import integrate, stats
 
 import nf4
 from nf4.codebook import BLOCK_SIZES
-from nf4.distributions import distribution_of, scales
-from nf4.theory import cells
+from nf4.error.distributions import distribution_of, scales
+from nf4.error.theory import cells
 
 DISTRIBUTIONS = ("normal", "laplace", "student-t:5", "student-t:3")
 # Measured on 1024 x 1024 values of N(0, 1) with single quantization: mean absolute error, its

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
-from nf4.cli import main  # noqa: E402
+from nf4.commands.cli import main  # noqa: E402
 from nf4.gpu import plan, tune  # noqa: E402
 from nf4.kernels import _configs, _measured  # noqa: E402
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from nf4 import registry
-from nf4 import verify as module
-from nf4.cli import main
+from nf4.commands.cli import main
+from nf4.error import verify as module
+from nf4.ops import registry
 
 BITS = {"quantize", "quantize, scales", "quantize_absmax", "dequantize", "embedding"}
 

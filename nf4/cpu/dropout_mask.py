@@ -10,7 +10,7 @@ from torch import Tensor
 from nf4.cpu._memory import new_empty
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
-from nf4.dropout import dropout_threshold
+from nf4.tools.dropout import dropout_threshold
 
 GRAIN = 1 << 14  # counters worth a thread of their own
 _LANES = 64  # counters at a time, for the compiler to take many together

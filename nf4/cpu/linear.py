@@ -29,7 +29,7 @@ from nf4.cpu.dequantize import (
     in_rows,
 )
 from nf4.reference.linear import accumulator
-from nf4.scratch import scratch
+from nf4.tools.scratch import scratch
 
 # Bytes: within the last cache of a server's CPU, and few. Each product of a slab wakes PyTorch's
 # threads and waits for all of them, on a busy machine for milliseconds.

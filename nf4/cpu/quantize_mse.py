@@ -10,7 +10,7 @@ from torch import Tensor
 from nf4.codebook import LARGEST_ABSMAX, SMALLEST_ABSMAX, nf4_thresholds
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
-from nf4.scale_search import (
+from nf4.tools.scale_search import (
     CANDIDATES,
     IMPORTANCE_UNIT,
     LEVEL_UNIT,

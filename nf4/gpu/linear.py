@@ -10,7 +10,7 @@ from nf4.gpu.plan import plan
 from nf4.kernels.dequantize import dequantize
 from nf4.kernels.matmul import matmul
 from nf4.kernels.matmul_small import matmul_small
-from nf4.scratch import scratch
+from nf4.tools.scratch import scratch
 
 KERNELS = {"matmul": matmul, "matmul_small": matmul_small}
 

@@ -6,8 +6,8 @@
     any                the rest               dequantize into scratch, then the library's product
 
 "While faster" is measured where kernels/measured/ has a file for the device (`nf4 bench --tune`
-writes it), and modelled by nf4/cost.py elsewhere. In rows W always goes the last way, and so does
-float32, float64, and a GPU without 16-bit tensor cores that Triton knows.
+writes it), and modelled by nf4/tools/cost.py elsewhere. In rows W always goes the last way, and so
+do float32, float64, and a GPU without 16-bit tensor cores that Triton knows.
 """
 
 import math
@@ -16,10 +16,10 @@ from functools import lru_cache
 
 import torch
 
-from nf4.cost import Device, dequantize_seconds, device_of, gemm_seconds
 from nf4.kernels import _configs  # type: ignore[attr-defined]
 from nf4.kernels._measured import measured
 from nf4.tensor import fits_fragments
+from nf4.tools.cost import Device, dequantize_seconds, device_of, gemm_seconds
 
 SMALL_BLOCK_SIZE = 64  # the least that matmul_small takes
 # Model: a library product reaches its throughput only with many rows; a kernel launch costs this.

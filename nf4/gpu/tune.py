@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE
-from nf4.cost import device_of
-from nf4.files import write_file
 from nf4.gpu import plan
 from nf4.gpu.linear import dense_weight
 from nf4.kernels import _configs, _measured, matmul, matmul_small  # type: ignore[attr-defined]
-from nf4.shapes import MODELS, parse_shape
 from nf4.tensor import fits_fragments
+from nf4.tools.cost import device_of
+from nf4.tools.paths import write_file
+from nf4.tools.shapes import MODELS, parse_shape
 
 SHAPES = [shape for shapes in MODELS.values() for shape in shapes]
 BLOCK_SIZE = 64

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from nf4.embedding import EmbeddingNF4
-from nf4.quantized_module import QuantizedModule
+from nf4.layers.embedding import EmbeddingNF4
+from nf4.layers.module import QuantizedModule
 from nf4.tensor import PARTS
 
 

@@ -12,7 +12,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 import torch
 from torch import Tensor
 
-from nf4.dropout import dropout_threshold
+from nf4.tools.dropout import dropout_threshold
 
 MASK32 = 0xFFFFFFFF
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nf4.codebook import LARGEST_ABSMAX, SMALLEST_ABSMAX, nf4_thresholds
 from nf4.reference._blocks import as_blocks
-from nf4.scale_search import (
+from nf4.tools.scale_search import (
     CANDIDATES,
     IMPORTANCE_UNIT,
     LEVEL_STEPS,

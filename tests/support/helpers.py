@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import nf4
-from nf4 import exact
+from nf4.error import exact
 
 
 def lazy_zeros(n: int, dtype: torch.dtype) -> Tensor:

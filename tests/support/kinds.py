@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import nf4
-from nf4.adapted import adapted_layers
-from nf4.adapter import Adapter
-from nf4.adapters import find_targets, layer_base, put_adapters, with_adapter
+from nf4.adapters.layer import adapted_layers
+from nf4.adapters.term import Adapter
+from nf4.models.adapt import find_targets, layer_base, put_adapters, with_adapter
 
 TOKENS = torch.arange(24).view(2, 12) % 320
 

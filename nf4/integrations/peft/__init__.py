@@ -17,14 +17,14 @@ import peft.tuners.tuners_utils as peft_utils
 from peft import PeftModel
 from torch import Tensor, nn
 
-from nf4.experts import expert_name
-from nf4.initialize import check_rank, dense_source
 from nf4.integrations.peft.experts import ParamWrapper
 from nf4.integrations.peft.ia3 import NF4IA3Linear
 from nf4.integrations.peft.install import install
 from nf4.integrations.peft.lora import NF4LoraLinear
-from nf4.linear import LinearNF4
-from nf4.merging import MergeError, requantized
+from nf4.layers.experts import expert_name
+from nf4.layers.linear import LinearNF4
+from nf4.models.merge import MergeError, requantized
+from nf4.models.starts import check_rank, dense_source
 
 __all__ = [
     "NF4IA3Linear",

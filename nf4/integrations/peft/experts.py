@@ -15,9 +15,9 @@ import peft.tuners.tuners_utils as peft_utils
 import torch
 from torch import nn
 
-from nf4.adapter import Term
-from nf4.experts import PARTS, ExpertsNF4, ExpertTerm, layer_product
-from nf4.lora import LowRank
+from nf4.adapters.lora import LowRank
+from nf4.adapters.term import Term
+from nf4.layers.experts import PARTS, ExpertsNF4, ExpertTerm, layer_product
 
 
 class _Parameter:

@@ -10,8 +10,8 @@ from peft import IA3Config
 from peft.tuners.ia3.layer import IA3Layer
 from torch import Tensor, nn
 
-from nf4.adapter import Base, Term, compute, fold
-from nf4.factors import InputFactor, OutputFactor
+from nf4.adapters.factors import InputFactor, OutputFactor
+from nf4.adapters.term import Base, Term, compute, fold
 from nf4.integrations.peft.merged import MergedBesideBase
 
 

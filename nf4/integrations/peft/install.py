@@ -13,17 +13,17 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from nf4.adapted import AdaptedLayer
-from nf4.experts import ExpertsNF4
+from nf4.adapters.layer import AdaptedLayer
 from nf4.integrations.counting import uncounted
 from nf4.integrations.peft import prompts
 from nf4.integrations.peft.experts import ParamWrapper, parameters_of_experts
 from nf4.integrations.peft.ia3 import NF4IA3Linear
 from nf4.integrations.peft.lora import NF4LoraLinear
 from nf4.integrations.peft.targets import convert, include_experts
-from nf4.linear import LinearNF4
-from nf4.merging import make_dense
-from nf4.quantized_module import QuantizedModule
+from nf4.layers.experts import ExpertsNF4
+from nf4.layers.linear import LinearNF4
+from nf4.layers.module import QuantizedModule
+from nf4.models.merge import make_dense
 
 _OURS = (NF4LoraLinear, NF4IA3Linear, ParamWrapper)
 

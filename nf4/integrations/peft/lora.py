@@ -10,11 +10,11 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from nf4.adapter import Base, compute, compute_mixed, fold
-from nf4.initialize import initialize
+from nf4.adapters.lora import LowRank, weight_norm
+from nf4.adapters.term import Base, compute, compute_mixed, fold
 from nf4.integrations.peft.merged import MergedBesideBase
-from nf4.lora import LowRank, weight_norm
-from nf4.merging import MergeError, merge_error
+from nf4.models.merge import MergeError, merge_error
+from nf4.models.starts import initialize
 
 # Options of LoraConfig that ask for another computation than LoRA's or DoRA's
 _OTHER_METHODS = (

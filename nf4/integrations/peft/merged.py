@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from nf4.linear import LinearNF4, does_more
+from nf4.layers.linear import LinearNF4, does_more
 
 
 class MergedBesideBase:

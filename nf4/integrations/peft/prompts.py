@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from nf4.embedding import EmbeddingNF4
+from nf4.layers.embedding import EmbeddingNF4
 
 
 def install() -> None:

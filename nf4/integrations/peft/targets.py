@@ -8,8 +8,8 @@ import peft.utils.transformers_weight_conversion as peft_conversion
 from peft import PeftType
 from torch import nn
 
-from nf4.experts import PARTS, ExpertsNF4
-from nf4.linear import LinearNF4
+from nf4.layers.experts import PARTS, ExpertsNF4
+from nf4.layers.linear import LinearNF4
 
 # What the layers of experts were called before they were one tensor, by PEFT's name for the scheme
 _OLD_NAMES = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}

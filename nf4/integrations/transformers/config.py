@@ -8,8 +8,8 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import BitsAndBytesConfig, QuantizationConfigMixin
 
-from nf4.checks import check_block_size, check_scale
-from nf4.selection import check_skip_modules
+from nf4.models.selection import check_skip_modules
+from nf4.ops.checks import check_block_size, check_scale
 
 METHOD = "nf4"
 _OPTIONS_OF_OTHERS = ("bnb_", "load_in_", "llm_int8_")

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
-from nf4.experts import is_experts
 from nf4.integrations.transformers.stored import model_names
-from nf4.linear import is_conv1d
-from nf4.selection import DEFAULT_SKIP, dense_layers, resolve_skip, warn_of_skipped
-from nf4.shards import Shards
+from nf4.layers.experts import is_experts
+from nf4.layers.linear import is_conv1d
+from nf4.models.selection import DEFAULT_SKIP, dense_layers, resolve_skip, warn_of_skipped
+from nf4.tools.shards import Shards
 
 
 @dataclass(frozen=True)

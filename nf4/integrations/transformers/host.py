@@ -12,11 +12,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from nf4.adapted import adapted_layers
-from nf4.hosts import HOSTS
+from nf4.adapters.layer import adapted_layers
 from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.quantizer import NF4Quantizer, describe
-from nf4.quantized_module import QuantizedModule
+from nf4.layers.module import QuantizedModule
+from nf4.models.hosts import HOSTS
 
 
 class TransformersHost:

@@ -8,15 +8,15 @@ from typing import Any, Protocol, Self
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 
-from nf4.bitsandbytes_files import take
-from nf4.convert import quantized_layer, replace_layers
-from nf4.experts import PARTS as EXPERT_PARTS
-from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import quantize
 from nf4.integrations.transformers.config import NF4Config
-from nf4.linear import LinearNF4, is_conv1d
-from nf4.quantized_module import QuantizedModule
-from nf4.selection import dense_weights
+from nf4.layers.bitsandbytes import take
+from nf4.layers.experts import PARTS as EXPERT_PARTS
+from nf4.layers.experts import ExpertsNF4, is_experts
+from nf4.layers.linear import LinearNF4, is_conv1d
+from nf4.layers.module import QuantizedModule
+from nf4.models.quantize import quantized_layer, replace_layers
+from nf4.models.selection import dense_weights
 from nf4.tensor import NF4Tensor
 
 # Of a weight that bitsandbytes wrote; the longer names first, for they are tried in order

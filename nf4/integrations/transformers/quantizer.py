@@ -10,13 +10,6 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from nf4.convert import (
-    quantized_layer,
-    replace_layers,
-    tie_parts,
-)
-from nf4.experts import PARTS as EXPERT_PARTS
-from nf4.experts import ExpertsNF4, is_experts
 from nf4.functional import quantize
 from nf4.integrations.transformers.config import METHOD, NF4Config
 from nf4.integrations.transformers.operations import (
@@ -34,10 +27,23 @@ from nf4.integrations.transformers.stored import (
     names_in_model,
     stored_tensors,
 )
-from nf4.linear import LinearNF4
-from nf4.merging import merge
-from nf4.quantized_module import QuantizedModule, name_weights
-from nf4.selection import dense_layers, dense_weights, resolve_skip, select_layers, token_embeddings
+from nf4.layers.experts import PARTS as EXPERT_PARTS
+from nf4.layers.experts import ExpertsNF4, is_experts
+from nf4.layers.linear import LinearNF4
+from nf4.layers.module import QuantizedModule, name_weights
+from nf4.models.merge import merge
+from nf4.models.quantize import (
+    quantized_layer,
+    replace_layers,
+    tie_parts,
+)
+from nf4.models.selection import (
+    dense_layers,
+    dense_weights,
+    resolve_skip,
+    select_layers,
+    token_embeddings,
+)
 from nf4.tensor import PARTS, NF4Tensor, mark
 
 # transformers asks this of a weight before it draws one; some models name a layer's from outside

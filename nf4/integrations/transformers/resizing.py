@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from nf4.adapted import AdaptedLayer
-from nf4.convert import quantized_layer
-from nf4.embedding import EmbeddingNF4
-from nf4.hosts import tell_hosts
-from nf4.linear import LinearNF4
-from nf4.quantized_module import QuantizedModule, name_weights
-from nf4.resizing import resized
+from nf4.adapters.layer import AdaptedLayer
+from nf4.layers.embedding import EmbeddingNF4
+from nf4.layers.linear import LinearNF4
+from nf4.layers.module import QuantizedModule, name_weights
+from nf4.layers.resizing import resized
+from nf4.models.hosts import tell_hosts
+from nf4.models.quantize import quantized_layer
 from nf4.tensor import NF4Tensor
 
 

@@ -15,14 +15,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from nf4.adapted import AdaptedLayer, adapted_layers
-from nf4.adapter_files import CONFIG_NAME, AdapterFiles
-from nf4.adapters import adapter_names
-from nf4.card import add_card
-from nf4.checkpoint import adapter_files, restore_adapter
+from nf4.adapters.layer import AdaptedLayer, adapted_layers
+from nf4.files.adapters import CONFIG_NAME, AdapterFiles
+from nf4.files.card import add_card
+from nf4.files.checkpoint import adapter_files, restore_adapter
 from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.host import settle
 from nf4.integrations.transformers.quantizer import NF4Quantizer
+from nf4.models.adapt import adapter_names
 
 
 def install() -> None:

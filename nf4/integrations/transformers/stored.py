@@ -9,11 +9,11 @@ from typing import Any
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from nf4.experts import PARTS as EXPERT_PARTS
-from nf4.experts import with_expert_names
-from nf4.quantized_module import QuantizedModule
-from nf4.shards import Shards
+from nf4.layers.experts import PARTS as EXPERT_PARTS
+from nf4.layers.experts import with_expert_names
+from nf4.layers.module import QuantizedModule
 from nf4.tensor import PARTS
+from nf4.tools.shards import Shards
 
 _DTYPES = {"torch.uint8": "U8", "torch.float32": "F32"}
 

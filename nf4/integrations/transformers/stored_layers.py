@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from nf4.experts import PARTS as EXPERT_PARTS
-from nf4.experts import is_experts, with_expert_names
 from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.dense_layers import model_on_meta
 from nf4.integrations.transformers.stored import forms_in_model, model_names
-from nf4.selection import dense_layers, dense_weights
-from nf4.shards import Shards
+from nf4.layers.experts import PARTS as EXPERT_PARTS
+from nf4.layers.experts import is_experts, with_expert_names
+from nf4.models.selection import dense_layers, dense_weights
+from nf4.tools.shards import Shards
 
 
 @dataclass(frozen=True)

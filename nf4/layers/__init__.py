@@ -1,0 +1,1 @@
+"""Modules that hold a 4-bit weight, and dense ones with adapters."""

@@ -1,0 +1,1 @@
+"""Whole models: find layers, quantize them, put adapters on, merge, start."""

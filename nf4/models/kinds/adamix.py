@@ -1,0 +1,286 @@
+"""AdaMix: a mixture of LoRA modules on each layer, drawn at random in training, averaged after it.
+
+In training each forward of a layer draws one A and, apart from it, one B; both come from torch's
+generator, as dropout masks do: ``torch.manual_seed`` repeats them, gradient checkpointing draws
+them again alike, and a compiled model draws anew at each call without being compiled again. In
+evaluation, and when merged, the layer has the mean of the As and the mean of the Bs: one LoRA
+adapter, at LoRA's cost.
+Source: https://arxiv.org/abs/2205.12410, section 3.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nf4.adapters.layer import AdaptedLayer
+from nf4.adapters.lora import (
+    LoRA,
+    LowRank,
+    by_pattern,
+    check_lora_config,
+    check_lora_options,
+    lora_scaling,
+    options_of,
+)
+from nf4.adapters.term import Adapter, Base, check_plain, single
+from nf4.models.adapt import find_targets, layer_base, put_adapters, with_adapter
+from nf4.models.quantize import Model, check_model, check_no_peft, replace_layers
+from nf4.ops.checks import check_int
+
+SHARES = (None, "A", "B")
+
+
+class AdaMix(Adapter):
+    """The modules of one layer: ``lora_A`` ``[M, r, in_features]``, ``lora_B`` ``[M, out, r]``.
+
+    Both are float32. Each A starts as PEFT starts one, each B at zero, so that the first output is
+    the base's. What is shared is one module alone.
+
+    Args:
+        base: the layer's product.
+        r: rank of each module.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: probability of dropping an input of the adapter in training.
+        num_modules: M.
+        share: None, "A" or "B".
+    """
+
+    peft_type = "NF4_ADAMIX"  # no method of PEFT's
+    parts = {"lora_A.weight": 3, "lora_B.weight": 3}  # noqa: RUF012
+
+    def __init__(
+        self,
+        base: Base,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        num_modules: int,
+        share: str | None,
+    ) -> None:
+        super().__init__()
+        (n, k), device = base.weight.shape, base.weight.device
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.num_modules, self.share = num_modules, share
+        as_, bs = (1 if share == name else num_modules for name in ("A", "B"))
+        a = torch.empty(as_, r, k, dtype=torch.float32, device=device)
+        for module in a:
+            nn.init.kaiming_uniform_(module, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(a)
+        self.lora_B = nn.Parameter(torch.zeros(bs, n, r, dtype=torch.float32, device=device))
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the adapter's output."""
+        return lora_scaling(self.r, self.lora_alpha, use_rslora=False)
+
+    @property
+    def options_of_lora(self) -> dict[str, Any]:
+        """What `LoRA.of` makes the adapter by that a mixture comes to."""
+        own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
+        return {**own, "use_rslora": False, "use_dora": False}
+
+    def term(self) -> LowRank:
+        """Return one A and one B: drawn in training, the mean of all in evaluation."""
+        if not self.training:
+            return self.merged_term()
+        a, b = _draw(self.lora_A), _draw(self.lora_B)
+        return LowRank(a, b, self.scaling, self.lora_dropout)
+
+    def merged_term(self) -> LowRank:
+        """Return the mean of the As and the mean of the Bs."""
+        return LowRank(self.lora_A.mean(dim=0), self.lora_B.mean(dim=0), self.scaling)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what files hold, all modules in one tensor."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+    def fits(self, other: Adapter) -> bool:
+        """Return whether this mixture can take on the values of another."""
+        same = isinstance(other, AdaMix) and other.share == self.share
+        return same and super().fits(other)
+
+    def take(self, other: "AdaMix") -> None:
+        """Take on the options and values of another mixture of the same form."""
+        self.lora_alpha, self.lora_dropout = other.lora_alpha, other.lora_dropout
+        super().take(other)
+
+    @classmethod
+    def config_of(cls, layers: Mapping[str, "AdaMix"]) -> dict[str, Any]:
+        """Return the options; ranks and alphas that differ go into patterns."""
+        return {
+            **{o: single(layers, o) for o in ("lora_dropout", "num_modules", "share")},
+            **by_pattern(layers, "r", "rank_pattern"),
+            **by_pattern(layers, "lora_alpha", "alpha_pattern"),
+        }
+
+    @classmethod
+    def check_config(cls, config: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError unless a config is of a mixture."""
+        own = ["r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern"]
+        check_plain(config, frozenset([*own, "num_modules", "share"]), {})
+        check_lora_config(config)
+        _check_mixture(config.get("num_modules"), config.get("share"))
+
+    @classmethod
+    def from_file(
+        cls, base: Base, config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
+    ) -> "AdaMix":
+        """Return the modules of one layer, new, with the values of a file."""
+        options = options_of(config, name)
+        if options.pop("use_rslora") or options.pop("use_dora"):
+            raise ValueError("expected a mixture of plain LoRA modules, got use_rslora or use_dora")
+        check_lora_options(**options)
+        options |= {"num_modules": config["num_modules"], "share": config.get("share")}
+        like = cls(Base(torch.empty(base.weight.shape, device="meta")), **options).tensors()
+        expected = {part: tuple(tensor.shape) for part, tensor in like.items()}
+        found = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+        if found != expected:
+            raise ValueError(f"expected tensors of shapes {expected}, got {found}")
+        return cls(base, **options).copy_from(tensors)
+
+    def summary(self) -> str:
+        """Return the options."""
+        return (
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
+            f"num_modules={self.num_modules}, share={self.share}"
+        )
+
+
+def _draw(modules: Tensor) -> Tensor:
+    """Return one of several modules; which, the host does not wait to know."""
+    if len(modules) == 1:
+        return modules[0]
+    index = torch.randint(len(modules), (1,), device=modules.device)
+    return modules.index_select(0, index)[0]
+
+
+def _check_mixture(num_modules: Any, share: Any) -> None:
+    """Raise TypeError or ValueError unless a mixture can have so many modules, so shared."""
+    check_int(num_modules, "num_modules", 1)
+    if share not in SHARES:
+        raise ValueError(f"share: expected None, 'A' or 'B', got {share!r}")
+
+
+def add_adamix(
+    model: Model,
+    r: int = 16,
+    lora_alpha: float = 32,
+    target_modules: str | Iterable[str] = "all-linear",
+    lora_dropout: float = 0.0,
+    *,
+    num_modules: int = 4,
+    share: str | None = None,
+    adapter_name: str = "default",
+) -> Model:
+    """Add a mixture of LoRA modules to linear layers, and freeze everything else.
+
+    In training mode a layer's forward computes with one A and one B, drawn at random apart from
+    each other from torch's generator; in eval mode with the mean of each. Train with a task's loss
+    on two forwards and `nf4.losses.consistency_loss` between them, then call `merge_adamix`.
+
+    Args:
+        model: a module with linear layers, `LinearNF4` or dense; changed in place.
+        r: rank of each module, at least 1.
+        lora_alpha: numerator of the scaling, lora_alpha / r.
+        target_modules: as for `nf4.add_lora`.
+        lora_dropout: probability of dropping an input of the adapter in training, in [0, 1).
+        num_modules: As, and Bs, of a layer, at least 1.
+        share: "A" for one A that all Bs share, "B" for one B, None for neither.
+        adapter_name: by which the adapter is chosen.
+
+    Returns:
+        The model; a new layer if the model itself is the layer.
+
+    Raises:
+        TypeError: model is no module, an option has the wrong type, or a target is no linear layer.
+        ValueError: no module matches target_modules, a target has an adapter of that name, or an
+            option is out of range.
+
+    Source: https://arxiv.org/abs/2205.12410, sections 3.1 to 3.4.
+    """
+    check_lora_options(r, lora_alpha, lora_dropout)
+    _check_mixture(num_modules, share)
+    targets = find_targets(model, target_modules, adapter_name, AdaMix)
+
+    def make(name: str, layer: nn.Module) -> nn.Module:
+        form = (r, lora_alpha, lora_dropout, num_modules, share)
+        return with_adapter(layer, adapter_name, AdaMix(layer_base(layer), *form))
+
+    return put_adapters(model, targets, make, adapter_name)
+
+
+def merge_adamix(model: Model, adapter_name: str | None = None) -> Model:
+    """Average the modules of mixtures: plain LoRA adapters of the same names are left.
+
+    They compute what the mixtures compute in eval mode; `nf4.save_adapter` writes them in PEFT's
+    files, and `nf4.merge` folds them into the weights.
+
+    Args:
+        model: a module with mixtures; changed in place, and only after all have been checked.
+        adapter_name: which mixtures; all by default.
+
+    Returns:
+        The model; a new layer if the model itself is the layer.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: there is no mixture of that name, or one has modules of several ranks or of
+            another layer's sizes, or values that are not finite.
+
+    Source: https://arxiv.org/abs/2205.12410, section 3.3.
+    """
+    check_model(model)
+    check_no_peft(model)
+    layers: dict[str, AdaptedLayer] = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, AdaptedLayer) and _mixtures(layer, adapter_name):
+            layers[name] = layer
+            for mixture in _mixtures(layer, adapter_name).values():
+                _check_mergeable(name, layer, mixture)
+    if not layers:
+        which = "" if adapter_name is None else f" called {adapter_name!r}"
+        raise ValueError(f"model: expected mixtures{which} (nf4.add_adamix), found none")
+    return replace_layers(model, layers, lambda layer: _averaged(layer, adapter_name))
+
+
+def _mixtures(layer: AdaptedLayer, adapter_name: str | None) -> dict[str, AdaMix]:
+    return {
+        name: adapter
+        for name, adapter in layer.named_adapters().items()
+        if isinstance(adapter, AdaMix) and adapter_name in (None, name)
+    }
+
+
+def _check_mergeable(name: str, layer: AdaptedLayer, mixture: AdaMix) -> None:
+    """Raise ValueError unless the mean of a mixture's modules is an adapter of its layer."""
+    (n, k), r = layer.base().weight.shape, mixture.r
+    for part, tensor, shape in (("A", mixture.lora_A, (r, k)), ("B", mixture.lora_B, (n, r))):
+        count = 1 if mixture.share == part else mixture.num_modules
+        if tuple(tensor.shape) != (count, *shape):
+            raise ValueError(
+                f"{name}: expected lora_{part} of shape {(count, *shape)}, {count} modules of "
+                f"rank {r}, got {tuple(tensor.shape)}"
+            )
+        if not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"{name}: expected finite values in lora_{part}, got others")
+
+
+@torch.no_grad()
+def _averaged(layer: AdaptedLayer, adapter_name: str | None) -> AdaptedLayer:
+    """Return a layer with LoRA in the place of mixtures: another one if it has nothing else."""
+    mixtures, active = _mixtures(layer, adapter_name), layer.active_adapters
+    alone = list(layer.named_adapters()) == list(mixtures) and len(mixtures) == 1
+    new = layer
+    for name, mixture in mixtures.items():
+        lora, mean = LoRA.of(layer.base(), **mixture.options_of_lora), mixture.merged_term()
+        lora.start_from(layer.base(), mean.lora_A, mean.lora_B)
+        if alone:
+            new = with_adapter(layer.to_base(), name, lora)
+        else:
+            layer.hold_adapter(name, lora)
+    new.adapters_disabled, new.samples = layer.adapters_disabled, layer.samples
+    new.set_adapter(*active)
+    return new

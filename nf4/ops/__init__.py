@@ -1,0 +1,1 @@
+"""What torch.library sees: operators, how they are registered, checked, chosen and called."""
