@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import nf4
-from nf4.commands.demo.train import trainable
 from nf4.models.selection import dense_layers
+from nf4.tools.training import trainable
 
 # What is timed, by the names in files; ours is checked against those before it
 LABELS = {"dense": "dense + PEFT", "bitsandbytes": "bitsandbytes + PEFT", "nf4": "nf4"}

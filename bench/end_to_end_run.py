@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nf4.bench import contenders
 from nf4.bench.llama import Options, make_model, plain_products, tokens
-from nf4.commands.demo.train import trainable
+from nf4.tools.training import trainable
 
 LEARNING_RATE = 1e-4
 PROMPT = 32  # tokens

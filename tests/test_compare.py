@@ -21,9 +21,9 @@ from nf4.commands.cli import main
 from nf4.commands.comparison import methods, one, plots, report, run
 from nf4.commands.comparison.methods import METHODS
 from nf4.commands.comparison.one import Request
-from nf4.commands.demo.train import LENGTH, batches
 from nf4.error.measured import perplexity
 from nf4.tools import samples
+from nf4.tools.training import LENGTH, batches
 
 STEPS, R = 3, 4
 HIDDEN, INNER, KEYS = 64, 96, 32  # the widths of the model, and of its keys and values

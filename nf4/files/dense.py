@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nf4.files.architectures import architectures, are_known
 from nf4.models.selection import DEFAULT_SKIP, is_below, resolve_skip, warn_of_unmatched
 from nf4.tools.samples import model_path
 from nf4.tools.shards import read_index
@@ -137,11 +138,9 @@ def _by_class(
     config = (path if path.is_dir() else path.parent) / "config.json"
     if not config.is_file():
         return None
-    if importlib.util.find_spec("transformers") is None:
+    if not are_known():
         return None
-    from nf4.integrations.transformers.dense_layers import find
-
-    found = find(config.parent, [tensor.name for tensor in tensors], skip)
+    found = architectures().find(config.parent, [tensor.name for tensor in tensors], skip)
     if found is None:
         return None
     held = {tensor.name: tensor for tensor in tensors if len(tensor.shape) in (2, 3)}

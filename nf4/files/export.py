@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nf4.files.architectures import StoredLayer, architectures
 from nf4.files.rewriting import Rewriting, open_source
 from nf4.functional import dequantize
 from nf4.layers.bitsandbytes import tensors_of
@@ -20,9 +21,6 @@ from nf4.models.quantize import check_callback
 from nf4.tensor import DTYPES, PARTS, NF4Tensor, check_nf4, is_mark, packed_shape
 from nf4.tools.paths import check_new
 from nf4.tools.shards import Shards, read_json
-
-if TYPE_CHECKING:
-    from nf4.integrations.transformers.stored_layers import StoredLayer
 
 FORMATS = ("bitsandbytes",)
 # As config.json calls them
@@ -83,7 +81,7 @@ def export_checkpoint(
         raise ValueError(
             f"{shards.folder / 'config.json'}: expected a quantization_config of nf4, got {kind}"
         )
-    layers, dense_names = _layers(shards, said)
+    layers, dense_names = architectures().stored_layers(shards.folder, shards, said)
     by_file: dict[str, list[StoredLayer]] = {}
     for layer in layers:
         by_file.setdefault(shards.tensors[f"{layer.names[0]}.packed"].file, []).append(layer)
@@ -102,18 +100,8 @@ def export_checkpoint(
     return ExportedCheckpoint(linear, len(layers) - linear, after)
 
 
-def _layers(shards: Shards, said: Mapping[str, Any]) -> "tuple[list[StoredLayer], list[str]]":
-    try:
-        from nf4.integrations.transformers.stored_layers import stored_layers
-    except ImportError as error:
-        raise ImportError(
-            f"expected transformers to know the model's layers, {error}: pip install 'nf4[hf]'"
-        ) from error
-    return stored_layers(shards.folder, shards, said)
-
-
 def _exported(
-    shards: Shards, by_file: "Mapping[str, list[StoredLayer]]", dtype: torch.dtype, file: str
+    shards: Shards, by_file: Mapping[str, list[StoredLayer]], dtype: torch.dtype, file: str
 ) -> dict[str, Tensor]:
     """Return what a file becomes."""
     tensors: dict[str, Tensor] = {}
@@ -132,7 +120,7 @@ def _exported(
     return tensors
 
 
-def _weight(shards: Shards, name: str, layer: "StoredLayer", dtype: torch.dtype) -> NF4Tensor:
+def _weight(shards: Shards, name: str, layer: StoredLayer, dtype: torch.dtype) -> NF4Tensor:
     """Read the parts of one weight, from whichever files they are in."""
     found: dict[str, Tensor | None] = {}
     for part in PARTS:

@@ -4,10 +4,11 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from nf4.files.architectures import Plan, architectures
 from nf4.files.rewriting import Rewriting, open_source
 from nf4.functional import quantize
 from nf4.models.quantize import check_callback
@@ -16,9 +17,6 @@ from nf4.ops.checks import check_block_size, check_scale
 from nf4.tensor import PARTS, mark
 from nf4.tools.paths import check_new
 from nf4.tools.shards import Shards, read_json
-
-if TYPE_CHECKING:
-    from nf4.integrations.transformers.dense_layers import Plan
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,9 @@ def quantize_checkpoint(
     skip = None if skip_modules is None else check_skip_modules(skip_modules)
     target = check_new(target_dir, "target_dir")
     shards = open_source(source_dir)
-    make_plan = _planner()
+    known = architectures()
     options = {"block_size": block_size, "double_quant": double_quant, "scale": scale}
-    plan = make_plan(shards.folder, skip, options, shards)
+    plan = known.make_plan(shards.folder, skip, options, shards)
 
     made_as = {"quantized": plan.config, "layers": sorted(plan.layers.items())}
     with Rewriting(shards, target, made_as) as work:
@@ -96,19 +94,7 @@ def quantize_checkpoint(
     return QuantizedCheckpoint(len(plan.layers), before, after)
 
 
-def _planner() -> "Callable[..., Plan]":
-    try:
-        from nf4.integrations.transformers.dense_layers import make_plan
-    except ImportError as error:
-        raise ImportError(
-            f"expected transformers to know the model's layers, {error}: pip install 'nf4[hf]'"
-        ) from error
-    return make_plan
-
-
-def _quantized(
-    shards: Shards, plan: "Plan", options: dict[str, Any], file: str
-) -> dict[str, Tensor]:
+def _quantized(shards: Shards, plan: Plan, options: dict[str, Any], file: str) -> dict[str, Tensor]:
     """Return what a file becomes."""
     tensors: dict[str, Tensor] = {}
     for name in shards.names_in(file):

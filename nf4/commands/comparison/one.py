@@ -29,10 +29,10 @@ from nf4.bench.circumstances import circumstances
 from nf4.bench.footprint import cpu_peak, gpu_peak
 from nf4.commands.comparison.methods import DTYPES, METHODS, Method, Objective
 from nf4.commands.demo.run import model_bytes
-from nf4.commands.demo.train import batches, train, trainable
 from nf4.error.measured import perplexity
 from nf4.tools import samples
 from nf4.tools.progress import Bar, Progress, steps
+from nf4.tools.training import batches, train, trainable
 
 RELOADED_TOKENS = 64
 

@@ -17,10 +17,10 @@ from nf4.commands.comparison.methods import DTYPES, METHODS
 from nf4.commands.comparison.one import Request
 from nf4.commands.comparison.plots import draw
 from nf4.commands.comparison.report import FORMAT, tables
-from nf4.commands.demo.train import BATCH, LENGTH
 from nf4.tools import samples
 from nf4.tools.paths import check_new, new_folder, write_file
 from nf4.tools.progress import Bar, Progress
+from nf4.tools.training import BATCH, LENGTH
 
 SHAKESPEARE = "Othello (1623), Macbeth held out"
 

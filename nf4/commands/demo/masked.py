@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from nf4.commands.demo.train import trainable
 from nf4.ops.checks import check_int
 from nf4.tools import samples
+from nf4.tools.training import trainable
 
 IGNORED = -100  # label of a position that does not count, torch's own in cross-entropy
 FRACTION = 0.15

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from nf4.commands.demo import plots
-from nf4.commands.demo.train import batches, race, train
 from nf4.error.measured import LayerError, model_error, perplexity
 from nf4.files.checkpoint import load_adapter, save_adapter
 from nf4.models.kinds.lora import add_lora
@@ -24,6 +23,7 @@ from nf4.models.quantize import quantize_model, quantized_layers
 from nf4.tools import samples
 from nf4.tools.paths import check_new, new_folder
 from nf4.tools.progress import Progress, steps
+from nf4.tools.training import batches, race, train
 
 R, LORA_ALPHA, LEARNING_RATE = 8, 16, 2e-3
 RACE_ROUNDS = 5

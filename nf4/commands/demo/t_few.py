@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from nf4.commands.demo.train import trainable
 from nf4.error.activations import evaluating
 from nf4.losses import choice_scores, t_few_loss
 from nf4.models.quantize import check_callback, check_model
+from nf4.tools.training import trainable
 
 IGNORED = -100
 # Three things and a made-up name for each; no model can know the names before it is told

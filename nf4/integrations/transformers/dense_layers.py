@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,12 @@ from transformers import AutoConfig, AutoModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
+from nf4.files.architectures import Found, Plan
 from nf4.integrations.transformers.stored import model_names
 from nf4.layers.experts import is_experts
 from nf4.layers.linear import is_conv1d
 from nf4.models.selection import DEFAULT_SKIP, dense_layers, resolve_skip, warn_of_skipped
 from nf4.tools.shards import Shards
-
-
-@dataclass(frozen=True)
-class Found:
-    """A tensor that is a weight of a linear layer.
-
-    Attributes:
-        tensor: its name in the files.
-        layer: the name of the layer.
-        turned: whether it is held ``[in_features, out_features]``, as that of a Conv1D.
-    """
-
-    tensor: str
-    layer: str
-    turned: bool
 
 
 def find(
@@ -72,19 +57,6 @@ def _find(model: Any, tensors: Iterable[str], skip_modules: str | Iterable[str])
     return found
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be done with a folder's tensors.
-
-    Attributes:
-        layers: names in the files of the weights to quantize, and whether each is a Conv1D's.
-        config: for ``quantization_config`` of the folder's ``config.json``.
-    """
-
-    layers: dict[str, bool]
-    config: dict[str, Any]
-
-
 def make_plan(
     folder: Path,
     skip_modules: str | Iterable[str] | None,
@@ -103,7 +75,8 @@ def make_plan(
         ValueError: transformers does not know the model, it is quantized already, its files do not
             hold all of it or tensors of other sizes, or no layer is left to quantize.
     """
-    from nf4.integrations.transformers import NF4Config, NF4Quantizer
+    from nf4.integrations.transformers.config import NF4Config
+    from nf4.integrations.transformers.quantizer import NF4Quantizer
 
     model = model_on_meta(folder)
     if getattr(model.config, "quantization_config", None) is not None:

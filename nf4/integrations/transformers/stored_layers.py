@@ -1,12 +1,12 @@
 """Which tensors of a folder are parts of 4-bit weights, and of which layers of its model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from nf4.files.architectures import StoredLayer
 from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.dense_layers import model_on_meta
 from nf4.integrations.transformers.stored import forms_in_model, model_names
@@ -14,25 +14,6 @@ from nf4.layers.experts import PARTS as EXPERT_PARTS
 from nf4.layers.experts import is_experts, with_expert_names
 from nf4.models.selection import dense_layers, dense_weights
 from nf4.tools.shards import Shards
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """A weight in four bits in a folder's files, or all experts' weights of one kind.
-
-    Attributes:
-        kind: "linear", "embedding" or "experts".
-        names: in the files, without their parts; of experts one each.
-        becomes: the name in the files of the dense weight.
-        shape: of one weight ``[N, K]``.
-        block_size: elements that share one scale.
-    """
-
-    kind: str
-    names: tuple[str, ...]
-    becomes: str
-    shape: tuple[int, ...]
-    block_size: int
 
 
 def stored_layers(
