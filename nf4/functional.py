@@ -25,7 +25,7 @@ from nf4.ops.checks import (
     check_weight,
     check_weights,
 )
-from nf4.ops.registry import call
+from nf4.ops.registry import call, is_transformed
 from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.tensor import NF4Tensor, check_fragments, check_nf4, packed_shape
 
@@ -304,6 +304,10 @@ def _scaled_linear(
                 raise ValueError(f"{name}: expected shape ({size},), got {tuple(factor.shape)}")
     check_no_tangent(x, bias, input_factor, output_factor)
     x = _autocast(x)
+    if is_transformed():  # whose second derivatives the fused operator could not refuse
+        x = x if input_factor is None else (x * input_factor).to(x.dtype)
+        y = linear(x, q, bias)
+        return y if output_factor is None else (y * output_factor).to(y.dtype)
     needs = output_factor is not None and output_factor.requires_grad and torch.is_grad_enabled()
     rows = x.reshape(math.prod(x.shape[:-1]), k)
     form = (needs, n, q.block_size, q.layout)

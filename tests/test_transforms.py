@@ -92,3 +92,26 @@ def test_what_is_not_there_is_refused_in_our_words(q) -> None:
         grad(lambda x: grad(loss)(x).sum())(torch.randn(K))
     with pytest.raises(NotImplementedError, match="nf4: .* is not implemented"):
         hessian(loss)(torch.randn(K))
+
+
+def test_factors_by_vjp_and_a_derivative_of_a_derivative(q) -> None:
+    """Autograd over torch.func goes through the weight once, and leaves no term out."""
+    x, factor = torch.randn(3, K), torch.randn(N)
+    w = nf4.dequantize(q)
+
+    def ours(x, factor):
+        return nf4.linear(x, q, output_factor=factor)
+
+    found = vjp(ours, x, factor)[1](torch.ones(3, N))
+    expected = vjp(lambda x, factor: x @ w.T * factor, x, factor)[1](torch.ones(3, N))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    x.requires_grad_()
+    factor.requires_grad_()
+    found = grad(lambda x, f: ours(x, f).square().sum(), argnums=1)(x, factor)
+    expected = grad(lambda x, f: (x @ w.T * f).square().sum(), argnums=1)(x, factor)
+    for mine, dense in zip(
+        torch.autograd.grad(found.sum(), (x, factor)),
+        torch.autograd.grad(expected.sum(), (x, factor)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, dense, rtol=1e-4, atol=1e-3)

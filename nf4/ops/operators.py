@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE
-from nf4.ops.registry import call, define, is_differentiated_again, run, run_without_autocast
+from nf4.ops.registry import call, define, run, run_without_autocast
 from nf4.reference.embedding import embedding, gather_scales
 from nf4.reference.linear import accumulator
 
@@ -289,7 +289,7 @@ def _scaled_linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any)
 
 
 def _scaled_linear_autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    if is_differentiated_again():  # its formula leaves out what depends on x through y
+    if torch.is_grad_enabled():  # its formula leaves out what depends on x through y
         _no_double_backward(ctx)
     x, y, input_factor, output_factor, *weight = ctx.saved_tensors
     need = ctx.needs_input_grad

@@ -68,13 +68,10 @@ def _eager(
     return cast(Callable[..., Any], function.apply)
 
 
-def is_differentiated_again() -> bool:
-    """Return whether a gradient that is being computed is to have a gradient itself."""
-    stack: list[Any] | None = torch._C._functorch.get_interpreter_stack()
-    if stack is None:
-        return torch.is_grad_enabled()
-    levels = [level.key() for level in stack]
-    return levels.count(torch._C._functorch.TransformType.Grad) > 1
+def is_transformed() -> bool:
+    """Return whether torch.func is at work, outside of torch.compile."""
+    transformed: bool = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed and not torch.compiler.is_compiling()
 
 
 def _no_forward_mode(ctx: Any, *tangents: Tensor | None) -> None:
