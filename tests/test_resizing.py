@@ -121,3 +121,14 @@ def test_an_interrupted_resize_leaves_the_model(monkeypatch) -> None:
         model.resize_token_embeddings(120)
     assert dict(model.named_modules(remove_duplicate=False)) == modules
     assert model.all_tied_weights_keys == ties
+
+
+def test_hooks_stay_and_what_cannot_be_resized_changes_nothing() -> None:
+    model = nf4.quantize_model(make("Llama"), (), quantize_embeddings=True)
+    model.enable_input_require_grads()
+    model.resize_token_embeddings(104)
+    assert model.get_input_embeddings()(torch.tensor([1])).requires_grad
+    odd = nf4.quantize_model(make("GPT-2", n_embd=33, n_head=3), (), quantize_embeddings=True)
+    with pytest.raises(ValueError, match="an even number of columns, got transformer.wte"):
+        odd.resize_token_embeddings(104)
+    assert odd.config.vocab_size == odd.get_input_embeddings().num_embeddings == 96

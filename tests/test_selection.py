@@ -90,6 +90,12 @@ class Reads(nn.Module):
     def _init_weights(self) -> None:
         self.called.weight.data.zero_()
 
+    def _reset_parameters(self) -> None:
+        self.called.weight.data.zero_()
+
+    def fuse_projections(self):
+        return torch.cat([self.called.weight, self.asked.weight])
+
     def forward(self, x):
         if isinstance(self.asked.weight, torch.Tensor):
             x = x.to(self.asked.weight.dtype)
@@ -103,6 +109,17 @@ def test_what_is_read_is_told_from_what_is_asked() -> None:
     names = {id(m): n for n, m in model.named_modules()}
     found = {names[key]: reader for key, reader in read_layers(model).items()}
     assert found == dict.fromkeys(("read", "inner.deep", "blocks.0.local"), "Reads")
+
+
+class Overrides(Reads):
+    """A forward in the place of one that reads."""
+
+    def forward(self, x):
+        return self.read(x)
+
+
+def test_what_only_a_replaced_forward_read_is_called() -> None:
+    assert read_layers(Overrides()) == {}
 
 
 REFUSED = {

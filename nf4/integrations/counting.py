@@ -14,6 +14,8 @@ def uncounted(model: Any, embeddings: bool = True) -> int:
         model: any module; a weight that several layers share counts once.
         embeddings: whether those of embeddings count; if not, what holds them is taken off.
     """
+    if hasattr(model, "get_base_model"):  # PEFT's, whose ties are named within its base
+        model = model.get_base_model()
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     # On a GPU a tied output layer holds the weight once more, in the order of tensor cores
     others = {id(model.get_submodule(n.rpartition(".")[0])) for n in ties if n.endswith(".packed")}

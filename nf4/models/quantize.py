@@ -252,6 +252,13 @@ def check_forward(name: str, layer: nn.Module) -> None:
         )
 
 
+def take_hooks(new: nn.Module, old: nn.Module) -> None:
+    """Give a layer the forward and backward hooks of the one whose place it takes."""
+    for hooks in (h for h in vars(old) if h.endswith(_HOOKS)):
+        if not hooks.startswith(("_state_dict", "_load_state_dict")):
+            setattr(new, hooks, getattr(old, hooks))
+
+
 def replace_layers(
     model: Model,
     layers: dict[str, Layer],
@@ -269,9 +276,8 @@ def replace_layers(
     for done, group in enumerate(names.values(), start=1):
         old = [layers.pop(name) for name in group][0]
         new = convert(old)
-        for hooks in (h for h in vars(old) if h.endswith(_HOOKS)):
-            if new is not old and not hooks.startswith(("_state_dict", "_load_state_dict")):
-                setattr(new, hooks, getattr(old, hooks))
+        if new is not old:
+            take_hooks(new, old)
         del old
         for name in group:
             parent, _, child = name.rpartition(".")

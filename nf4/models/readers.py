@@ -19,7 +19,18 @@ _READ_BY_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear
 # What a 4-bit weight answers as a dense one does
 _ANSWERED = {"device", "dim", "dtype", "ndim", "numel", "requires_grad", "shape", "size"}
 # Methods that look at weights before or after a model computes
-_APART = ("__init__", "_init", "init", "_load", "load", "reset", "_resize", "resize", "_tie", "tie")
+_APART = (
+    "init",
+    "load_",
+    "reset",
+    "resize",
+    "tie",
+    "fix_init",
+    "fuse",
+    "quantize",
+    "set_",
+    "prune",
+)
 # Libraries whose own modules are not looked at, and where one of them has models
 _LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.")
 _MODELS = "transformers.models."
@@ -47,12 +58,17 @@ def _weights_read_by(kind: type) -> tuple[str, ...]:
     A path that starts with a dot is the end of one: of a layer of whatever module is at hand.
     """
     found: set[str] = set()
+    over: dict[str, str] = {}  # sources of methods, by name, that stand in front of a base's
     for base in kind.__mro__:
         if base.__module__.startswith(_LIBRARIES) and not base.__module__.startswith(_MODELS):
             continue
         for name, method in vars(base).items():
-            if inspect.isfunction(method) and not name.startswith(_APART):
-                found.update(_paths(inspect.unwrap(method)))
+            if not inspect.isfunction(method) or name.lstrip("_").startswith(_APART):
+                continue
+            if name in over and "super()" not in over[name]:
+                continue
+            over[name] = _source(inspect.unwrap(method))
+            found.update(_paths(inspect.unwrap(method)))
     return tuple(sorted(found))
 
 
@@ -69,7 +85,8 @@ def _paths(method: Any) -> Iterator[str]:
         node = waiting.pop()
         if _is_answered(node):
             continue
-        if isinstance(node, ast.Attribute) and node.attr == "weight":
+        stored = isinstance(getattr(node, "ctx", None), ast.Store)
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and not stored:
             path = _path(node.value)
             if path:
                 yield path

@@ -17,7 +17,7 @@ from nf4.layers.linear import LinearNF4
 from nf4.layers.module import QuantizedModule, name_weights
 from nf4.layers.resizing import resized
 from nf4.models.hosts import tell_hosts
-from nf4.models.quantize import quantized_layer
+from nf4.models.quantize import check_forward, quantized_layer, take_hooks
 from nf4.tensor import NF4Tensor
 
 
@@ -31,9 +31,9 @@ def install() -> None:
     @functools.wraps(shipped)
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
-        layers = _vocabulary_layers(self)
         asked = [given.get("new_num_tokens"), given.get("pad_to_multiple_of")]
-        if not layers or asked == [None, None]:
+        layers = {} if asked == [None, None] else _vocabulary_layers(self)
+        if not layers:
             return shipped(self, *args, **kwargs)
         ties = {name: getattr(self, name) for name in _TIES}
         try:
@@ -78,11 +78,19 @@ def _vocabulary_layers(model: Any) -> dict[str, Any]:
                 f"adapters, got a {type(layer).__name__}; resize before adding adapters"
             )
     weights = {id(m.packed) for m in found if isinstance(m, QuantizedModule)}
-    return {
+    layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QuantizedModule) and (id(module.packed) in weights or module in found)
     }
+    for name, layer in layers.items():
+        check_forward(name, layer)
+        if layer.weight.shape[1] % 2 or layer.packed.is_meta:
+            raise ValueError(
+                f"resize_token_embeddings: expected weights with values and an even number of "
+                f"columns, got {name} {tuple(layer.weight.shape)} on {layer.packed.device}"
+            )
+    return layers
 
 
 _TIES = ("_tied_weights_keys", "all_tied_weights_keys")
@@ -130,6 +138,7 @@ def _quantized_again(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
         if source not in weights:
             weights[source] = resized(old.weight, dense.weight)
         new = quantized_layer(dense, weights[source])
+        take_hooks(new, old)
         weights[source] = new.weight  # its parameters, which the next ones share
         made[name] = new.take_after(old) if isinstance(new, LinearNF4) else new
         for parameter in new.parameters():
