@@ -355,3 +355,14 @@ def test_unloading_after_merging_keeps_what_was_merged(tiny_llama) -> None:
     assert (logits(unloaded) - expected).abs().max() < 1e-5
     kinds = {type(m) for m in unloaded.model.layers[0].self_attn.children()}
     assert kinds == {nn.Linear, nf4.LinearNF4}
+
+
+def test_a_quantized_head_of_a_tied_model_is_untied(tiny_llama, tmp_path) -> None:
+    """Its embeddings stay dense: what is saved opens as it computes."""
+    model = nf4.quantize_model(tiny_llama(tie_word_embeddings=True), skip_modules=()).eval()
+    assert not model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved").eval()
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, model(tokens).logits)

@@ -67,6 +67,7 @@ def settle(model: Any, form: Mapping[str, Any] | None = None) -> None:
             model.hf_quantizer = quantizer
         if isinstance(quantizer, NF4Quantizer):
             config = quantizer.quantization_config
+            _untie(model)
             config.scale = (form or {}).get("scale", config.scale)
             describe(config, model)
             quantizer.adapted = bool(adapted_layers(model))
@@ -90,12 +91,17 @@ def _forget(model: Any, quantizer: NF4Quantizer) -> None:
 
 
 def _untie(model: Any) -> None:
-    """Let a model not tie weights that an adapter has told apart."""
+    """Let a model not tie weights that an adapter, or four bits for one of them, told apart."""
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     apart = [
         target
         for target, source in ties.items()
-        if model.get_parameter_or_buffer(target) is not model.get_parameter_or_buffer(source)
+        if _is_quantized(modules, target) != _is_quantized(modules, source)
+        or not (
+            _is_quantized(modules, target)
+            or model.get_parameter_or_buffer(target) is model.get_parameter_or_buffer(source)
+        )
     ]
     if not apart:
         return
@@ -104,6 +110,10 @@ def _untie(model: Any) -> None:
         for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
+
+
+def _is_quantized(modules: Mapping[str, nn.Module], name: str) -> bool:
+    return isinstance(modules.get(name.rpartition(".")[0]), QuantizedModule)
 
 
 def install() -> None:
