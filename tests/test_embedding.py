@@ -184,3 +184,15 @@ def test_compiled_without_graph_breaks(backend) -> None:
     layer = nf4.EmbeddingNF4.from_embedding(nn.Embedding(50, 64))
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     assert torch.equal(compiled(TOKENS), layer(TOKENS))
+
+
+def test_embeddings_that_are_skipped_stay_dense_with_what_is_tied_to_them(
+    tiny_llama, tmp_path
+) -> None:
+    from nf4.integrations.transformers import NF4Config
+
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    config = NF4Config(quantize_embeddings=True, skip_modules=["+model.embed_tokens"])
+    model = type(tiny_llama()).from_pretrained(tmp_path / "dense", quantization_config=config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert isinstance(model.model.layers[0].mlp.up_proj, nf4.LinearNF4)

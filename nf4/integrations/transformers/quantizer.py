@@ -37,9 +37,11 @@ from nf4.models.quantize import (
     replace_layers,
     tie_parts,
 )
+from nf4.models.readers import read_layers
 from nf4.models.selection import (
     dense_layers,
     dense_weights,
+    is_below,
     resolve_skip,
     select_layers,
     token_embeddings,
@@ -190,10 +192,11 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             skip = {name for name in skip if not any(t.startswith(f"{name}.") for t in tied)}
         return sorted(skip)
 
-    @staticmethod
-    def _ties(model: Any) -> list[tuple[str, str]]:
-        """Return which weights, by name, are tied to those of embeddings of tokens."""
-        embeddings = token_embeddings(model)
+    def _ties(self, model: Any) -> list[tuple[str, str]]:
+        """Return which weights, by name, are tied to those of embeddings that are quantized."""
+        skip = resolve_skip(self.quantization_config.skip_modules, ())
+        left = {id(m) for n, m in model.named_modules() if is_below(n, skip)}
+        embeddings = token_embeddings(model) - left - read_layers(model).keys()
         return [
             (target, source)
             for target, source in model.all_tied_weights_keys.items()
