@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nf4.ops import operators  # noqa: F401  # registers them
+from nf4.ops import operators  # which registers them
 from nf4.ops.checks import (
     check_block_size,
     check_dequantize_out,
@@ -149,6 +149,13 @@ def dequantize(
     return result
 
 
+def scales_of(q: NF4Tensor) -> Tensor:
+    """Return the scales of a tensor's blocks as numbers: float32, in the order of its layout."""
+    if q.absmax2 is None or q.offset is None:
+        return q.absmax.detach()
+    return dequantize_absmax(q.absmax.detach(), q.absmax2, q.offset)
+
+
 def dequantize_rows(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield a matrix some rows at a time, so that it is never dense as a whole.
 
@@ -162,9 +169,7 @@ def dequantize_rows(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tup
     """
     q = to_rows(q)
     n, k = q.shape
-    absmax = q.absmax.detach()
-    if q.absmax2 is not None and q.offset is not None:
-        absmax = dequantize_absmax(absmax, q.absmax2, q.offset)
+    absmax = scales_of(q)
     whole = q.block_size // math.gcd(q.block_size, k)  # rows that end where a block does
     step = -(-step // whole) * whole
     for first in range(0, n, step):
@@ -305,9 +310,9 @@ def _scaled_linear(
     check_no_tangent(x, bias, input_factor, output_factor)
     x = _autocast(x)
     if is_transformed():  # whose second derivatives the fused operator could not refuse
-        x = x if input_factor is None else (x * input_factor).to(x.dtype)
+        x = x if input_factor is None else operators.times(x, input_factor)
         y = linear(x, q, bias)
-        return y if output_factor is None else (y * output_factor).to(y.dtype)
+        return y if output_factor is None else operators.times(y, output_factor)
     needs = output_factor is not None and output_factor.requires_grad and torch.is_grad_enabled()
     rows = x.reshape(math.prod(x.shape[:-1]), k)
     form = (needs, n, q.block_size, q.layout)

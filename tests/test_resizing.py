@@ -6,8 +6,8 @@ from architectures import logits, make
 
 import nf4
 from nf4.codebook import nf4_levels
+from nf4.functional import scales_of
 from nf4.integrations.transformers import NF4Config
-from nf4.layers.resizing import _scales_of as scales_of
 from nf4.layers.resizing import resized
 
 SIZES = [(96, 130, 64), (96, 33, 64), (7, 20, 34), (300, 900, 128), (5, 6, 32), (4, 4, 64)]

@@ -7,15 +7,11 @@ there the scale stays, and new elements take the nearest level of it.
 import torch
 from torch import Tensor
 
-from nf4.codebook import (
-    ABSMAX_BLOCK_SIZE,
-    LARGEST_ABSMAX,
-    SMALLEST_ABSMAX,
-    absmax_thresholds,
-    nf4_thresholds,
-)
-from nf4.functional import quantize, to_rows
+from nf4.codebook import ABSMAX_BLOCK_SIZE, LARGEST_ABSMAX, SMALLEST_ABSMAX
+from nf4.functional import quantize, scales_of, to_rows
 from nf4.reference.dequantize_absmax import dequantize_absmax
+from nf4.reference.quantize import codes_of, pack
+from nf4.reference.quantize_absmax import absmax_codes
 from nf4.tensor import NF4Tensor, packed_shape
 
 
@@ -48,7 +44,7 @@ def resized(q: NF4Tensor, weight: Tensor) -> NF4Tensor:
     packed, scales = [q.packed[:rows].reshape(-1)], [q.absmax[:blocks]]
     if added.numel():
         within = min(blocks * q.block_size - rows * q.shape[1], added.numel())
-        forced = _scales_of(q)[blocks - 1 : blocks].expand(within)
+        forced = scales_of(q)[blocks - 1 : blocks].expand(within)
         new = quantize(added[within:], q.block_size, double_quant=False)
         absmax = new.absmax
         if groups is not None and q.offset is not None:
@@ -59,28 +55,12 @@ def resized(q: NF4Tensor, weight: Tensor) -> NF4Tensor:
             )
             forced = torch.cat([forced, own.repeat_interleave(q.block_size)])[: added.numel()]
         tail = new.packed.reshape(-1)[(forced.numel() - within) // 2 :]
-        packed += [_encode(added[: forced.numel()], forced), tail]
+        packed += [pack(codes_of(added[: forced.numel()].float(), forced)), tail]
         scales.append(absmax)
     shape = torch.Size(weight.shape)
     parts = torch.cat(packed).view(packed_shape(shape)), torch.cat(scales), groups, q.offset
     copies = (None if part is None else part.detach().clone() for part in parts)
     return q.with_parts(copies, shape=shape)
-
-
-def _scales_of(q: NF4Tensor) -> Tensor:
-    """Return the scales of blocks as numbers."""
-    if q.absmax2 is None or q.offset is None:
-        return q.absmax
-    return dequantize_absmax(q.absmax, q.absmax2, q.offset)
-
-
-def _encode(w: Tensor, scale: Tensor) -> Tensor:
-    """Return the packed codes of an even number of elements, each relative to a scale."""
-    scaled = w.float() * torch.where(scale == 0, 0.0, 1 / scale)
-    codes = torch.zeros_like(scaled, dtype=torch.uint8)
-    for threshold in nf4_thresholds():
-        codes += (scaled > threshold).view(torch.uint8)
-    return codes[0::2] << 4 | codes[1::2]
 
 
 def _encode_scales(
@@ -93,7 +73,4 @@ def _encode_scales(
     largest = torch.stack([part.abs().amax() for part in new]) if len(new[0]) else d[:0]
     groups = torch.cat([groups, torch.where(largest < SMALLEST_ABSMAX, 0.0, largest)])
     place = (blocks + torch.arange(d.numel(), device=d.device)) // ABSMAX_BLOCK_SIZE
-    scale = groups[place]
-    scaled = (d * torch.where(scale == 0, 0.0, 1 / scale)).clamp(-1, 1)
-    codes = torch.bucketize(scaled, absmax_thresholds(d.device), out_int32=True)
-    return codes.to(torch.uint8), groups
+    return absmax_codes(d, groups[place]), groups

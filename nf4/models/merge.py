@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nf4.adapters.factors import OutputFactor
 from nf4.adapters.layer import AdaptedLayer
 from nf4.adapters.term import Base
-from nf4.functional import dequantize, quantize, to_rows
+from nf4.functional import dequantize, quantize, scales_of, to_rows
 from nf4.layers.embedding import EmbeddingNF4
 from nf4.layers.experts import ExpertsNF4
 from nf4.layers.linear import LinearNF4
@@ -23,7 +23,6 @@ from nf4.models.quantize import (
     check_no_peft,
     replace_layers,
 )
-from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.tensor import NF4Tensor
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -213,10 +212,7 @@ def scaled_weight(layer: Any) -> NF4Tensor | None:
     q = to_rows(layer.weight)
     if not all(isinstance(f, OutputFactor) for f in factors) or q.shape[1] % q.block_size:
         return None
-    absmax = q.absmax
-    if q.absmax2 is not None and q.offset is not None:
-        absmax = dequantize_absmax(absmax, q.absmax2, q.offset)
-    scales = absmax.detach().view(q.shape[0], -1)
+    scales = scales_of(q).view(q.shape[0], -1)
     for factor in factors:
         scales = scales * factor.factor.detach().float()[:, None]
     return replace(q, absmax=scales.reshape(-1), absmax2=None, offset=None)

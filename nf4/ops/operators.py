@@ -251,12 +251,12 @@ def _scaled_linear(
     *form: Any,
 ) -> tuple[Tensor, Tensor]:
     if input_factor is not None:
-        x = _times(x, input_factor)
+        x = times(x, input_factor)
     terms = (x, packed, absmax, absmax2, offset, bias, *form)
     if not need_y:
         return _linear(*terms, output_factor), x.new_empty(0)
     y = _linear(*terms)  # which output_factor's gradient needs
-    return (y if output_factor is None else _times(y, output_factor)), y
+    return (y if output_factor is None else times(y, output_factor)), y
 
 
 def _scaled_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -265,7 +265,7 @@ def _scaled_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return y, torch.empty_like(y) if need_y else x.new_empty(0)
 
 
-def _times(x: Tensor, factor: Tensor) -> Tensor:
+def times(x: Tensor, factor: Tensor) -> Tensor:
     """Return x * factor, rounded once to the dtype of x."""
     return (x * factor).to(x.dtype)
 
@@ -298,7 +298,7 @@ def _scaled_linear_autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | Non
     if need[7]:
         d_output = _factor_grad(dy, y, output_factor.dtype)
     if output_factor is not None:
-        dy = _times(dy, output_factor)
+        dy = times(dy, output_factor)
     if need[5]:
         dbias = dy.sum(dim=0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
     if need[0] or need[6]:
@@ -307,7 +307,7 @@ def _scaled_linear_autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | Non
     if need[6]:
         d_input = _factor_grad(dx, x, input_factor.dtype)
     if input_factor is not None and need[0]:
-        dx = _times(dx, input_factor)
+        dx = times(dx, input_factor)
     dx = dx if need[0] else None
     return dx, None, None, None, None, dbias, d_input, d_output, None, None, None, None
 

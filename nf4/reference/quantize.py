@@ -31,10 +31,20 @@ def quantize(
     x = as_blocks(w.float(), block_size)
     absmax = x.abs().amax(dim=1)
     absmax = torch.where(absmax < SMALLEST_ABSMAX, 0.0, absmax)
-    scaled = x * torch.where(absmax == 0, 0.0, 1 / absmax)[:, None]
+    codes = codes_of(x, absmax[:, None])
+    packed = pack(codes.view(-1)[: w.numel() + w.numel() % 2])
+    return (packed, absmax) if out is None else (out[0].copy_(packed), out[1].copy_(absmax))
+
+
+def codes_of(x: Tensor, scale: Tensor) -> Tensor:
+    """Return the codes of the levels nearest to float32 values relative to their scales: uint8."""
+    scaled = x * torch.where(scale == 0, 0.0, 1 / scale)
     codes = torch.zeros_like(scaled, dtype=torch.uint8)
     for threshold in nf4_thresholds():
         codes += (scaled > threshold).view(torch.uint8)
-    codes = codes.view(-1)[: w.numel() + w.numel() % 2]
-    packed = codes[0::2] << 4 | codes[1::2]
-    return (packed, absmax) if out is None else (out[0].copy_(packed), out[1].copy_(absmax))
+    return codes
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Return an even number of codes ``[n]``, two a byte: uint8 ``[n / 2]``."""
+    return codes[0::2] << 4 | codes[1::2]

@@ -41,9 +41,13 @@ def quantize_absmax(
     d = as_blocks(d, ABSMAX_BLOCK_SIZE)
     absmax2 = d.abs().amax(dim=1)
     absmax2 = torch.where(absmax2 < SMALLEST_ABSMAX, 0.0, absmax2)
-    scaled = d * torch.where(absmax2 == 0, 0.0, 1 / absmax2)[:, None]
-    codes = torch.bucketize(scaled, absmax_thresholds(absmax.device), out_int32=True)
-    codes = codes.view(-1)[: absmax.numel()].to(torch.uint8)
+    codes = absmax_codes(d, absmax2[:, None]).view(-1)[: absmax.numel()]
     if out is None:
         return codes, absmax2, offset
     return out[0].copy_(codes), out[1].copy_(absmax2), out[2].copy_(offset)
+
+
+def absmax_codes(d: Tensor, absmax2: Tensor) -> Tensor:
+    """Return the codes of the map's entries nearest to d relative to absmax2: uint8."""
+    scaled = d * torch.where(absmax2 == 0, 0.0, 1 / absmax2)
+    return torch.bucketize(scaled, absmax_thresholds(d.device), out_int32=True).to(torch.uint8)

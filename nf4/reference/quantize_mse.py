@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nf4.codebook import LARGEST_ABSMAX, SMALLEST_ABSMAX, nf4_thresholds
 from nf4.reference._blocks import as_blocks
+from nf4.reference.quantize import codes_of, pack
 from nf4.tools.scale_search import (
     CANDIDATES,
     IMPORTANCE_UNIT,
@@ -64,8 +65,7 @@ def quantize_mse(
     ]
     codes = torch.cat([part[0].view(-1) for part in parts]) if parts else blocks.new_empty(0).byte()
     absmax = torch.cat([part[1] for part in parts]) if parts else blocks.new_empty(0)
-    codes = codes[: w.numel() + w.numel() % 2]
-    packed = codes[0::2] << 4 | codes[1::2]
+    packed = pack(codes[: w.numel() + w.numel() % 2])
     return (packed, absmax) if out is None else (out[0].copy_(packed), out[1].copy_(absmax))
 
 
@@ -94,11 +94,7 @@ def _of_blocks(x: Tensor, u: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
         best, ratio = _better(v, u, ratio, best, ratio)
     found = (absmax.double() * ratio).clamp(-LARGEST_ABSMAX, LARGEST_ABSMAX).float()
     scale = torch.where(usable, found, absmax)
-    scaled = x * torch.where(scale == 0, 0.0, 1 / scale)[:, None]
-    codes = torch.zeros_like(scaled, dtype=torch.uint8)
-    for threshold in nf4_thresholds():
-        codes += (scaled > threshold).view(torch.uint8)
-    return codes, scale
+    return codes_of(x, scale[:, None]), scale
 
 
 def _better(
