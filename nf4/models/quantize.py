@@ -252,6 +252,15 @@ def check_forward(name: str, layer: nn.Module) -> None:
         )
 
 
+def put_layer(model: Model, name: str, layer: nn.Module) -> Model:
+    """Put a layer in the place of a name, and return the model: the layer where it is the model."""
+    parent, _, child = name.rpartition(".")
+    if not child:
+        return layer  # type: ignore[return-value]
+    setattr(model.get_submodule(parent), child, layer)
+    return model
+
+
 def take_hooks(new: nn.Module, old: nn.Module) -> None:
     """Give a layer the forward and backward hooks of the one whose place it takes."""
     for hooks in (h for h in vars(old) if h.endswith(_HOOKS)):
@@ -280,11 +289,7 @@ def replace_layers(
             take_hooks(new, old)
         del old
         for name in group:
-            parent, _, child = name.rpartition(".")
-            if child:
-                setattr(model.get_submodule(parent), child, new)
-            else:
-                model = new  # type: ignore[assignment]
+            model = put_layer(model, name, new)
         if progress is not None:
             progress(done, len(names))
     return model

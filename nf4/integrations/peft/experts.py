@@ -6,8 +6,7 @@ Here the experts are a layer each, and each is given its pair.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import peft.tuners.lora.layer as peft_lora
@@ -17,6 +16,7 @@ from torch import nn
 
 from nf4.adapters.lora import LowRank
 from nf4.adapters.term import Term
+from nf4.integrations.peft.parameters import named_otherwise
 from nf4.layers.experts import PARTS, ExpertsNF4, ExpertTerm, layer_product
 
 
@@ -106,17 +106,10 @@ class ParamWrapper(peft_lora.ParamWrapper):  # type: ignore[misc]
         return experts.to_experts() if experts.merged else experts
 
 
-@contextmanager
-def parameters_of_experts(model: nn.Module) -> Iterator[None]:
+def parameters_of_experts(model: nn.Module) -> AbstractContextManager[None]:
     """Let PEFT find the two weights of `ExpertsNF4` by their names within a ``with`` block."""
-    found = [module for module in model.modules() if isinstance(module, ExpertsNF4)]
-    for experts in found:
-        experts.named_parameters = partial(_named, experts)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for experts in found:
-            del experts.named_parameters
+    found = (module for module in model.modules() if isinstance(module, ExpertsNF4))
+    return named_otherwise(found, _named)
 
 
 def _named(experts: ExpertsNF4, *args: Any, **options: Any) -> Iterator[tuple[str, Any]]:

@@ -4,31 +4,32 @@ transformers resizes dense layers: they are dense while it does, and in four bit
 where every old row has the bytes that it had.
 """
 
-import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from nf4.adapters.layer import AdaptedLayer
+from nf4.integrations.wrapping import wrap_once
 from nf4.layers.embedding import EmbeddingNF4
 from nf4.layers.linear import LinearNF4
 from nf4.layers.module import QuantizedModule, name_weights
 from nf4.layers.resizing import resized
 from nf4.models.hosts import tell_hosts
-from nf4.models.quantize import check_forward, quantized_layer, take_hooks
+from nf4.models.quantize import check_forward, put_layer, quantized_layer, take_hooks
 from nf4.tensor import NF4Tensor
 
 
 def install() -> None:
     """Let every transformers model resize layers in four bits; once."""
-    shipped = PreTrainedModel.resize_token_embeddings
-    if hasattr(shipped, "knows_nf4"):
-        return
+    wrap_once(PreTrainedModel, "resize_token_embeddings", _resizing)
+
+
+def _resizing(shipped: Callable[..., Any]) -> Callable[..., Any]:
+    """Return transformers' method, and layers in four bits around it."""
     signature = inspect.signature(shipped)
 
-    @functools.wraps(shipped)
     def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         asked = [given.get("new_num_tokens"), given.get("pad_to_multiple_of")]
@@ -47,15 +48,14 @@ def install() -> None:
             raise
         finally:
             for name, layer in made.items():
-                _put(self, name, layer)
+                put_layer(self, name, layer)
             for name, known in ties.items():
                 setattr(self, name, known)
         name_weights(self)
         tell_hosts(self)
         return self.get_input_embeddings()
 
-    resize_token_embeddings.knows_nf4 = True  # type: ignore[attr-defined]
-    PreTrainedModel.resize_token_embeddings = resize_token_embeddings
+    return resize_token_embeddings
 
 
 def _vocabulary_layers(model: Any) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _make_dense(model: Any, layers: dict[str, Any]) -> None:
         make = layer.to_embedding if isinstance(layer, EmbeddingNF4) else layer.to_linear
         dense = make(shared.get(source))
         shared[source] = dense.weight
-        _put(model, name, dense)
+        put_layer(model, name, dense)
 
 
 def _source(model: Any, name: str) -> str:
@@ -140,12 +140,9 @@ def _quantized_again(model: Any, layers: dict[str, Any]) -> dict[str, Any]:
         new = quantized_layer(dense, weights[source])
         take_hooks(new, old)
         weights[source] = new.weight  # its parameters, which the next ones share
-        made[name] = new.take_after(old) if isinstance(new, LinearNF4) else new
-        for parameter in new.parameters():
-            parameter.requires_grad_(False)
+        if isinstance(new, LinearNF4):
+            new.take_after(old)
+            if new.bias is not None and old.bias is not None:
+                new.bias.requires_grad_(old.bias.requires_grad)
+        made[name] = new
     return made
-
-
-def _put(model: Any, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)

@@ -5,7 +5,6 @@ adapter in the folder itself, others in folders called by their names, as PEFT h
 both opens as a whole: transformers loads the base, and PEFT's adapter on it.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,17 +21,19 @@ from nf4.files.checkpoint import adapter_files, restore_adapter
 from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.host import settle
 from nf4.integrations.transformers.quantizer import NF4Quantizer
+from nf4.integrations.wrapping import wrap_once
 from nf4.models.adapt import adapter_names
 
 
 def install() -> None:
-    """Let ``save_pretrained`` of every transformers model know this package's layers."""
-    shipped = PreTrainedModel.save_pretrained
-    if hasattr(shipped, "knows_nf4"):
-        return
+    """Let ``save_pretrained`` of every transformers model know this package's layers; once."""
+    wrap_once(PreTrainedModel, "save_pretrained", _saving)
+
+
+def _saving(shipped: Callable[..., Any]) -> Callable[..., Any]:
+    """Return transformers' method, and adapters and a card around it."""
     signature = inspect.signature(shipped)
 
-    @functools.wraps(shipped)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         settle(self)
         bound = signature.bind(self, *args, **kwargs)
@@ -55,8 +56,7 @@ def install() -> None:
                 add_card(Path(given["save_directory"]), quantizer.quantization_config.to_dict())
         return result
 
-    save_pretrained.knows_nf4 = True  # type: ignore[attr-defined]
-    PreTrainedModel.save_pretrained = save_pretrained
+    return save_pretrained
 
 
 def _files_of(model: nn.Module) -> dict[str, AdapterFiles]:
@@ -134,7 +134,6 @@ def restoring(load: Callable[..., Any], folder_of: Callable[..., str]) -> Callab
         folder_of: returns the checkpoint's folder, of the method's arguments.
     """
 
-    @functools.wraps(load)
     def loading(trainer: Any, *args: Any, **kwargs: Any) -> Any:
         model = kwargs.get("model") or (args[1] if len(args) > 1 else None) or trainer.model
         folder = Path(folder_of(trainer, *args, **kwargs))
@@ -147,5 +146,4 @@ def restoring(load: Callable[..., Any], folder_of: Callable[..., str]) -> Callab
             restore_adapter(model, own if (own / CONFIG_NAME).is_file() else folder, name)
         return result
 
-    loading.knows_nf4 = True  # type: ignore[attr-defined]
     return loading
