@@ -60,6 +60,8 @@ def find_targets(
         matched: dict[str, nn.Module] = _all_linear(model, layers)
     else:
         modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if n}
+        if not isinstance(target_modules, str):
+            target_modules = [*check_names(target_modules, "target_modules")]
         named = match_targets(modules, target_modules, "target_modules")
         matched = {n: m for n, m in modules.items() if n in named and not inside(n, layers)}
         missed = _missed(modules, target_modules)

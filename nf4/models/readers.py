@@ -15,13 +15,14 @@ from typing import Any
 from torch import nn
 
 # torch.nn.MultiheadAttention reads the weight of its out_proj
-_READ_BY_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear
+READ_BY_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear
 # What a 4-bit weight answers as a dense one does
 _ANSWERED = {"device", "dim", "dtype", "ndim", "numel", "requires_grad", "shape", "size"}
 # Methods that look at weights before or after a model computes
 _APART = (
     "init",
-    "load_",
+    "load_from",
+    "load_pretrained",
     "reset",
     "resize",
     "tie",
@@ -41,12 +42,13 @@ _NEVER_TAKEN = "slow_but_exact"
 def read_layers(model: nn.Module) -> dict[int, str]:
     """Return the names of the classes that read a layer's weight, by the layer's id."""
     found = {
-        id(m): "MultiheadAttention" for m in model.modules() if isinstance(m, _READ_BY_ATTENTION)
+        id(m): "MultiheadAttention" for m in model.modules() if isinstance(m, READ_BY_ATTENTION)
     }
     for module in model.modules():
         paths = _weights_read_by(type(module))  # type: ignore[arg-type]
+        ends = tuple(path for path in paths if path.startswith("."))
         for name, child in module.named_modules(remove_duplicate=False) if paths else ():
-            if name in paths or f".{name}".endswith(tuple(p for p in paths if p.startswith("."))):
+            if name in paths or f".{name}".endswith(ends):
                 found[id(child)] = type(module).__name__
     return found
 
@@ -68,16 +70,16 @@ def _weights_read_by(kind: type) -> tuple[str, ...]:
             if name in over and "super()" not in over[name]:
                 continue
             over[name] = _source(inspect.unwrap(method))
-            found.update(_paths(inspect.unwrap(method)))
+            found.update(_paths(over[name]))
     return tuple(sorted(found))
 
 
-def _paths(method: Any) -> Iterator[str]:
+def _paths(source: str) -> Iterator[str]:
     """Yield the paths that a method reads a weight of, as `_path` has them."""
-    if ".weight" not in _source(method):
+    if ".weight" not in source:
         return
     try:
-        tree = ast.parse(textwrap.dedent(_source(method)))
+        tree = ast.parse(textwrap.dedent(source))
     except SyntaxError:  # a lambda in the middle of a line
         return
     waiting: list[ast.AST] = [tree]

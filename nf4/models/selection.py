@@ -11,7 +11,7 @@ from nf4.layers.embedding import is_embedding
 from nf4.layers.experts import PARTS as EXPERT_PARTS
 from nf4.layers.experts import is_experts
 from nf4.layers.linear import dense_weight, is_conv1d, is_linear
-from nf4.models.readers import read_layers
+from nf4.models.readers import READ_BY_ATTENTION, read_layers
 from nf4.ops.checks import check_names, compile_pattern
 
 DEFAULT_SKIP = ("lm_head",)
@@ -214,7 +214,7 @@ def dense_layers(
         name: module
         for name, module in modules.items()
         if (id(module) in wanted or is_linear(module) or is_conv1d(module) or is_experts(module))
-        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        and not isinstance(module, READ_BY_ATTENTION)
         and all(weight.numel() for _, weight in dense_weights(module))
         and id(module) not in skipped
     }

@@ -136,6 +136,7 @@ def call(name: str, *args: Any) -> Any:
     """
     compute, eager, operator, functional = _OPERATORS[name]
     compiling = torch.compiler.is_compiling()
+    # `is_transformed` written out: a call less
     if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
         return functional(*args)
     if (
