@@ -12,7 +12,6 @@ from nf4.tensor import fits_fragments
 from nf4.tools.cost import weight_bytes
 
 CHECKED = 64  # rows of x
-MOST_ROWS_OF_SMALL = 16
 
 
 def make(options: cases.Options, op: str) -> Iterator[cases.Case]:
@@ -47,8 +46,8 @@ def kernel_alone(op: str, x: Tensor, q: nf4.NF4Tensor) -> dict[str, Callable[[],
     """Return what times a kernel without the choice of one; nothing where it cannot run."""
     if q.layout != "fragments" or x.dtype.itemsize != 2:
         return {}
-    if op == "matmul_small" and x.shape[0] > MOST_ROWS_OF_SMALL:
-        return {}
     n, block_size = q.shape[0], q.block_size
+    if op in ("matmul_row", "matmul_small") and nf4.explain(x.shape, q, x.dtype).kernel != op:
+        return {}
     weight, run = q.parts(), cases.kernel(op, x.device)
     return {f"nf4, {op} alone": lambda: run(x, *weight, None, None, None, 1.0, n, block_size)}

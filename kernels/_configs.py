@@ -1,10 +1,10 @@
 """Tile choices of the kernels that have a choice.
 
-Chosen by what `nf4 bench --tune` measured, see kernels/_measured.py, and else by a model, no GPU
-involved so far: the bytes of a launch over the memory's bandwidth, or what the busiest
-multiprocessor has to do, whichever takes longer. The second counts, for a step of 64 columns, the
-tensor cores, the instructions issued, and shared memory at 128 bytes a cycle, which shuffles,
-loads, copies and the products' reads of x pass through: whichever is most.
+Chosen by what `nf4 bench --tune` measured, see kernels/_measured.py, and else by a model: the bytes
+of a launch over the memory's bandwidth, or what the busiest multiprocessor has to do, whichever
+takes longer. The second is, for a step of 64 columns, what its loads have to be waited for, or the
+cycles of its busiest unit: the tensor cores, the instructions issued, or shared memory at 128 bytes
+a cycle, which shuffles, loads, copies and the products' reads of x pass through.
 """
 
 from dataclasses import dataclass, replace
@@ -38,10 +38,13 @@ class MatmulConfig:
     split_k: int = 1
 
 
-SMALL_M = 16  # rows that matmul_small takes
+SMALL_M = 16  # rows that a tensor core takes at least
+# Of each number of rows that matmul_small takes, as swept on an H200; elsewhere those of 16 alone
 MATMUL_SMALL = (
-    MatmulConfig(16, 128, 4, 3, 300),
-    MatmulConfig(16, 64, 4, 4, 180),
+    MatmulConfig(16, 64, 4, 3, 180),
+    MatmulConfig(32, 64, 4, 3, 229),
+    MatmulConfig(64, 64, 4, 3, 299),
+    MatmulConfig(128, 128, 8, 3, 760),
 )
 MATMUL = (
     MatmulConfig(16, 64, 4, 4, 221),
@@ -71,10 +74,29 @@ MFMA = ("gfx942", "gfx90a")
 MATRIX = WGMMA + MMA + MFMA  # not gfx1100, where a weight is dequantized and the library multiplies
 SPLITS = (1, 2, 3, 4, 6, 8)
 MIN_STEPS = 8  # tiles of 64 columns that a program should have at least
-# Guesses, until a GPU says better: what a pipeline reaches of what its busiest unit could; how much
-# longer a program of 4 warps takes that is alone, when decoding does not overlap products; how much
-# faster than the memory the cache is, where programs that split K leave their sums.
-_EFFICIENCY, _ALONE, _CACHE = 0.85, 1.3, 2.5
+_CACHE = 2.5  # a guess: times the memory's bandwidth, where programs that split K leave sums
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a model of a kernel's time takes from an H200's figures, see `seconds`.
+
+    Attributes:
+        launch: seconds of a launch that does next to nothing.
+        latency: cycles of a step of 64 columns that waits for its loads.
+        together: programs of 4 warps a multiprocessor that wait at the same time.
+        efficiency: what the busiest unit reaches of what it could.
+    """
+
+    launch: float
+    latency: int
+    together: int
+    efficiency: float
+
+
+# Fitted to 115 and 35 rows of bench/results/h200.json; the median error is 7 and 13 %
+FITS = {"matmul_small": Fit(4e-6, 300, 1, 0.7), "matmul": Fit(5e-6, 1500, 3, 0.4)}
+SPLIT_SECONDS = 2e-6  # of leaving sums and reading them again
 
 
 def is_amd(device: torch.device) -> bool:
@@ -82,36 +104,54 @@ def is_amd(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is not None
 
 
+@lru_cache
+def has_wgmma(device: torch.device) -> bool:
+    """Return whether tensor cores read from shared memory, as an H200's; a CPU stands for one."""
+    if device.type != "cuda":
+        return True
+    return not is_amd(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def padded_rank(rank: int) -> int:
     """Return 0, or the power of two from 16 on that a matrix product takes for a rank."""
     return max(16, 1 << (rank - 1).bit_length()) if rank else 0
 
 
-def seconds(config: MatmulConfig, device: Device, m: int, n: int, k: int) -> float:
-    """Return the modelled time of a launch."""
+def seconds(op: str, config: MatmulConfig, device: Device, m: int, n: int, k: int) -> float:
+    """Return the modelled time of a launch of "matmul" or "matmul_small"."""
+    fit = FITS[op]
     programs = -(-m // config.block_m) * -(-n // config.block_n) * config.split_k
     a_multiprocessor = -(-programs // device.sms)
     steps = -(-(k // 64) // config.split_k)
-    compute = a_multiprocessor * steps * config.cycles / device.clock / _EFFICIENCY
-    if a_multiprocessor * config.num_warps < 8:
-        compute *= _ALONE
+    together = max(1, min(a_multiprocessor, fit.together * 4 // config.num_warps))
+    cycles = max(config.cycles / fit.efficiency, fit.latency / together)
+    compute = a_multiprocessor * steps * cycles / device.clock
     moved = weight_bytes(n, k) + 2 * (m * k + m * n)
+    launch = fit.launch
     if config.split_k > 1:
         moved += 8 * config.split_k * m * n / _CACHE
-    return max(moved / device.bandwidth, compute)
+        launch += SPLIT_SECONDS
+    return launch + max(moved / device.bandwidth, compute)
 
 
 def ranked(op: str, m: int, n: int, k: int, device: torch.device) -> list[MatmulConfig]:
-    """Return the cuts of "matmul" or "matmul_small" on a device, those first that the model likes.
+    """Return the cuts of "matmul" or "matmul_small" on a device, the most promising first.
 
-    matmul_small takes its 16 rows whatever m is.
+    Of matmul that is what the model says. matmul_small waits for loads, which the model does not
+    see: it wants programs enough to fill a GPU about twice, and no more.
     """
-    if op == "matmul_small":
-        m = SMALL_M
     model = device_of(device)
     splits = _splits(k, device)
-    cuts = [replace(config, split_k=s) for config in _tiles(op, device) for s in splits]
-    return sorted(cuts, key=lambda config: seconds(config, model, m, n, k))
+    if op == "matmul_small":
+        tile = next(c for c in MATMUL_SMALL if m <= c.block_m)
+        if tile == MATMUL_SMALL[-1]:
+            return [tile]
+        programs = -(-n // tile.block_n)
+        wanted = model.sms * (1.85 if tile.block_m == SMALL_M else 1.6)
+        splits = sorted(splits, key=lambda s: (programs * s < wanted, abs(programs * s - wanted)))
+        return [replace(tile, split_k=s) for s in splits]
+    cuts = [replace(config, split_k=s) for config in _tiles(device) for s in splits]
+    return sorted(cuts, key=lambda config: seconds(op, config, model, m, n, k))
 
 
 def _splits(k: int, device: torch.device) -> list[int]:
@@ -140,19 +180,28 @@ def matmul_config(m: int, n: int, k: int, device: torch.device) -> MatmulConfig:
 
 
 @lru_cache(maxsize=4096)
-def matmul_small_config(n: int, k: int, device: torch.device) -> MatmulConfig:
+def matmul_small_config(m: int, n: int, k: int, device: torch.device) -> MatmulConfig:
     """Return how `matmul_small` cuts a product of these sizes on a device."""
-    return _best("matmul_small", SMALL_M, n, k, device)
+    return _best("matmul_small", m, n, k, device)
 
 
-def _tiles(op: str, device: torch.device) -> tuple[MatmulConfig, ...]:
-    if op == "matmul_small":
-        return MATMUL_SMALL
+def most_small_rows(n: int, device: torch.device) -> int:
+    """Return how many rows `matmul_small` takes on a device with W of N rows.
+
+    Its widest tile, which has no registers to split K, only where whole columns fill the GPU.
+    """
+    if not has_wgmma(device):
+        return SMALL_M
+    widest = MATMUL_SMALL[-1]
+    fills = -(-n // widest.block_n) >= 0.75 * device_of(device).sms
+    hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
+    return widest.block_m if fills and hopper else MATMUL_SMALL[-2].block_m
+
+
+def _tiles(device: torch.device) -> tuple[MatmulConfig, ...]:
     if is_amd(device):
         return MATMUL_MFMA
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
-        return MATMUL_MMA
-    return MATMUL
+    return MATMUL if has_wgmma(device) else MATMUL_MMA
 
 
 @lru_cache(maxsize=4096)

@@ -25,6 +25,12 @@ SHUFFLE_WORD_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 2))
 
 
 @triton.jit
+def as_words(packed_ptr):
+    """Return a pointer to the bytes of a weight in fragments as one to its int32 words."""
+    return packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+
+
+@triton.jit
 def lane_levels(like):
     """Return this lane's level, fp32 in the shape of a tensor; computed once a thread."""
     zero = tl.zeros(like.shape, tl.int32)
@@ -68,25 +74,73 @@ def as_tile(values, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_scales(
-    scale_ptrs,  # float32 or uint8 [n], at column 0 of the scales [K / block size, N]
+def load_codes(
+    absmax_ptr,  # float32 scales or their uint8 codes, in groups of four columns of blocks
     absmax2_ptr,  # float32 [ceil(blocks / 256)], unused for float32 scales
-    map_ptr,  # float32 [256]
-    offset,  # float32, the mean of the scales
-    first_blocks,  # int32 [n], number of each row's first block
+    offs_n,  # int32 [n], rows
     column,  # of blocks
+    columns,  # of blocks, K / block size
     N,
 ):
-    """Return the fp32 scales of the blocks at some rows and one column.
+    """Return the codes of the scales at some rows and one column, and their absmax2.
+
+    Of float32 scales it is the scales themselves, twice.
+    """
+    grouped = (column // 4 * 4).to(tl.int64) * N + 4 * offs_n + column % 4
+    alone = column.to(tl.int64) * N + offs_n
+    code = tl.load(absmax_ptr + tl.where(column < columns // 4 * 4, grouped, alone))
+    if code.dtype == tl.uint8:
+        return code, tl.load(absmax2_ptr + ((offs_n * columns + column) >> 8))
+    else:
+        return code, code
+
+
+@triton.jit
+def decode_scales(code, map_ptr, offset):
+    """Return the fp32 scales of what `load_codes` has returned.
 
     The caller compiles without contraction: map * absmax2 is rounded before offset is added.
     """
-    at = scale_ptrs + column.to(tl.int64) * N
-    if at.dtype.element_ty == tl.uint8:
-        absmax2 = tl.load(absmax2_ptr + ((first_blocks + column) >> 8))
-        return tl.load(map_ptr + tl.load(at).to(tl.int32)) * absmax2 + offset
+    if code[0].dtype == tl.uint8:
+        return tl.load(map_ptr + code[0].to(tl.int32)) * code[1] + offset
     else:
-        return tl.load(at)
+        return code[0]
+
+
+@triton.jit
+def load_scales(absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column, columns, N):
+    """Return the fp32 scales at some rows and one column; arguments as of `load_codes`."""
+    codes = load_codes(absmax_ptr, absmax2_ptr, offs_n, column, columns, N)
+    return decode_scales(codes, map_ptr, offset)
+
+
+@triton.jit
+def load_group(absmax_ptr, offs_n, group, N):
+    """Return the codes of four neighbouring blocks of some rows, one int32 word a row.
+
+    For codes of whole groups alone, as K // BLOCK_SIZE a multiple of 4 has them.
+    """
+    words_ptr = absmax_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.load(words_ptr + group.to(tl.int64) * N + offs_n)
+
+
+@triton.jit
+def load_group_scales(absmax2_ptr, map_ptr, offset, offs_n, codes, group, K):
+    """Return the fp32 scales of the four blocks of a group, of which `load_group` has the codes.
+
+    They share one entry of absmax2. The caller compiles without contraction.
+    """
+    absmax2 = tl.load(absmax2_ptr + ((offs_n * (K // 64) + 4 * group) >> 8))
+    scales = ()
+    for i in tl.static_range(4):
+        scales = scales + (load_map(map_ptr, codes, i) * absmax2 + offset,)
+    return scales
+
+
+@triton.jit
+def load_map(map_ptr, codes, i: tl.constexpr):
+    """Return the map's entries of the i-th codes of words of four."""
+    return tl.load(map_ptr + ((codes >> (8 * i)) & 255))
 
 
 @triton.jit

@@ -2,10 +2,13 @@
 
     out[n, k] = round(levels[code[n, k]] * absmax + scaling * sum over r: B[n, r] * A[r, k])
 
-Products of B and A are summed by tensor cores in fp32, in the places where the levels are decoded;
-there is one rounding. Moves 0.516 bytes in and 2 out an element (bf16, block 64, double
-quantization), and B and A once a tile.
+Products of B and A are summed by tensor cores in fp32, in the places where the levels are decoded,
+onto them where scaling is a power of two; there is one rounding. Moves 0.516 bytes in and 2 out an
+element (bf16, block 64, double quantization), and B and A once a tile.
 """
+
+import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -13,43 +16,38 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
-from . import _lanes
 from ._aot import Variant
 from ._configs import MATRIX, padded_rank
-from ._fragments import decode_tile, load_scales
+from ._fragments import as_words, decode_scales, decode_tile, load_codes, load_group, load_map
+from ._launch import Launch
 
 ROWS = 64
 TILES = 4  # of 64 columns a program
 
 
 @triton.jit
-def _update(
-    lora_A_ptr,
-    lora_B_ptr,
-    offs_n,
-    offs_k,
-    K,
-    rank,
-    DTYPE: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    """Return B @ A at some rows and columns, fp32; at most 64 of the rank at a time."""
-    STEP: tl.constexpr = min(RANK, 64)
-    acc = tl.zeros([offs_n.shape[0], offs_k.shape[0]], tl.float32)
-    for first in tl.range(0, RANK, STEP, num_stages=1):
-        offs_r = first + tl.arange(0, STEP)
-        b_ptrs = lora_B_ptr + offs_n.to(tl.int64)[:, None] * rank + offs_r[None, :]
-        b = tl.load(b_ptrs, mask=(offs_r < rank)[None, :], other=0.0)
-        a_ptrs = lora_A_ptr + offs_r[:, None] * K + offs_k[None, :]
-        a = tl.load(a_ptrs, mask=(offs_r < rank)[:, None], other=0.0)
-        acc = tl.dot(b.to(DTYPE), a.to(DTYPE), acc)
-    return acc
+def _load_b(lora_B_ptr, offs_n, offs_r, rank, scaling, DTYPE: tl.constexpr, FOLD: tl.constexpr):
+    """Return B at some rows, rounded, and with FOLD times scaling: ``[rows, ranks]``."""
+    b_ptrs = lora_B_ptr + offs_n.to(tl.int64)[:, None] * rank + offs_r[None, :]
+    b = tl.load(b_ptrs, mask=(offs_r < rank)[None, :], other=0.0)
+    if FOLD:
+        b = b.to(tl.float32) * scaling
+    return b.to(DTYPE)
+
+
+@triton.jit
+def _load_a(lora_A_ptr, offs_r, offs_k, K, rank, DTYPE: tl.constexpr):
+    """Return A at some columns, rounded: ``[ranks, columns]``."""
+    a = tl.load(
+        lora_A_ptr + offs_r[:, None] * K + offs_k[None, :], mask=(offs_r < rank)[:, None], other=0.0
+    )
+    return a.to(DTYPE)
 
 
 @triton.jit
 def merge_kernel(
-    words_ptr,  # int32 [N / 16, K / 64, 128]
-    absmax_ptr,  # float32 [K / BLOCK_SIZE, N], or uint8 codes
+    words_ptr,  # int32 [N / 16, K / 64, 128], or their bytes
+    absmax_ptr,  # float32 [K / BLOCK_SIZE * N] by groups of four columns, or uint8 codes
     absmax2_ptr,  # float32 [ceil(blocks / 256)]
     offset_ptr,  # float32 []
     map_ptr,  # float32 [256]
@@ -65,34 +63,56 @@ def merge_kernel(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     RANK: tl.constexpr,  # 0, or rank rounded up to a power of two from 16
+    GROUPED: tl.constexpr,  # whether a program's blocks are a group of four codes a row
+    FOLD: tl.constexpr,  # whether B may be multiplied by scaling before it is rounded
     SHUFFLE: tl.constexpr,
 ):
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    HALVES: tl.constexpr = 2 if BLOCK_SIZE == 32 else 1  # of a tile, with scales of their own
+    STEP: tl.constexpr = min(RANK, 64)  # of the rank at a time
     first_tile, pid_n = tl.program_id(0) * TILES, tl.program_id(1)
     rows = pid_n * ROWS + tl.arange(0, ROWS)  # [ROWS]
     mask_n = rows < N
     offs_n = tl.minimum(rows, N - 1)
     row_tiles = tl.minimum(pid_n * (ROWS // 16) + tl.arange(0, ROWS // 16), N // 16 - 1)
-    word_ptrs = words_ptr + row_tiles.to(tl.int64)[:, None] * (K // 64 * 128)
+    word_ptrs = as_words(words_ptr) + row_tiles.to(tl.int64)[:, None] * (K // 64 * 128)
     word_ptrs += tl.arange(0, 128)[None, :]
+    # Every load before the first decode: the scales are three loads that wait for each other
+    codes, words, scales = (), (), ()
+    if GROUPED:
+        group = load_group(absmax_ptr, offs_n, tl.program_id(0), N)
+        absmax2 = tl.load(absmax2_ptr + ((offs_n * (K // 64) + first_tile) >> 8))
+    for u in tl.static_range(TILES):
+        tile = tl.minimum(first_tile + u, K // 64 - 1)  # the last may be written twice
+        if not GROUPED:
+            for half in tl.static_range(HALVES):
+                column = tile * 64 // BLOCK_SIZE + half
+                columns = K // BLOCK_SIZE
+                codes = codes + (load_codes(absmax_ptr, absmax2_ptr, offs_n, column, columns, N),)
+        words = words + (tl.load(word_ptrs + tile * 128),)  # [ROWS / 16, 128]
     offset = 0.0
     if absmax_ptr.dtype.element_ty == tl.uint8:
         offset = tl.load(offset_ptr)
-    scale_ptrs, first_blocks = absmax_ptr + offs_n, offs_n * (K // BLOCK_SIZE)
+    if RANK > 0:
+        offs_r = tl.arange(0, STEP)
+        b = _load_b(lora_B_ptr, offs_n, offs_r, rank, scaling, DTYPE, FOLD)
+    for i in tl.static_range(TILES * HALVES):
+        if GROUPED:
+            scales = scales + (load_map(map_ptr, group, i) * absmax2 + offset,)
+        else:
+            scales = scales + (decode_scales(codes[i], map_ptr, offset),)
     for u in tl.static_range(TILES):
-        tile = tl.minimum(first_tile + u, K // 64 - 1)  # the last may be written twice
-        words = tl.load(word_ptrs + tile * 128)  # [ROWS / 16, 128]
-        column = tile * 64 // BLOCK_SIZE
-        scale0 = load_scales(scale_ptrs, absmax2_ptr, map_ptr, offset, first_blocks, column, N)
-        scale1 = scale0
-        if BLOCK_SIZE == 32:
-            scale1 = load_scales(
-                scale_ptrs, absmax2_ptr, map_ptr, offset, first_blocks, column + 1, N
-            )
-        out = decode_tile(words, scale0, scale1, levels_ptr, ROWS, tl.float32, SHUFFLE)
-        offs_k = tile * 64 + tl.arange(0, 64)
+        scale0, scale1 = scales[u * HALVES], scales[u * HALVES + HALVES - 1]
+        out = decode_tile(words[u], scale0, scale1, levels_ptr, ROWS, tl.float32, SHUFFLE)
+        offs_k = tl.minimum(first_tile + u, K // 64 - 1) * 64 + tl.arange(0, 64)
         if RANK > 0:
-            out += scaling * _update(lora_A_ptr, lora_B_ptr, offs_n, offs_k, K, rank, DTYPE, RANK)
+            acc = out if FOLD else tl.zeros_like(out)
+            acc = tl.dot(b, _load_a(lora_A_ptr, offs_r, offs_k, K, rank, DTYPE), acc)
+            for first in tl.range(STEP, RANK, STEP, num_stages=1):
+                more_b = _load_b(lora_B_ptr, offs_n, first + offs_r, rank, scaling, DTYPE, FOLD)
+                more_a = _load_a(lora_A_ptr, first + offs_r, offs_k, K, rank, DTYPE)
+                acc = tl.dot(more_b, more_a, acc)
+            out = acc if FOLD else out + scaling * acc
         out_ptrs = out_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
         tl.store(out_ptrs, out.to(DTYPE), mask=mask_n[:, None])
 
@@ -111,28 +131,35 @@ def write_dense(
     """Fill out, contiguous ``[N, K]``, 16 bits wide if there are lora_A and lora_B."""
     n, k = out.shape
     rank = 0 if lora_A is None else lora_A.shape[0]
-    merge_kernel[(-(-k // (64 * TILES)), -(-n // ROWS))](
-        packed.view(-1).view(torch.int32),
-        absmax,
-        out if absmax2 is None else absmax2,
-        out if offset is None else offset,
-        absmax_map(out.device),
-        nf4_levels(out.device),
-        out if lora_A is None else lora_A,
-        out if lora_B is None else lora_B,
-        out,
-        n,
-        k,
-        rank,
-        scaling,
-        BLOCK_SIZE=block_size,
-        ROWS=ROWS,
-        TILES=TILES,
-        RANK=padded_rank(rank),
-        SHUFFLE=_lanes.has_shuffle(out),
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    grid = (-(-k // (64 * TILES)), -(-n // ROWS))
+    weight = (packed, absmax, absmax2, offset, absmax_map(out.device), nf4_levels(out.device))
+    grouped = absmax.dtype == torch.uint8 and block_size == 64 and k % (64 * TILES) == 0
+    form = _form(block_size, padded_rank(rank), grouped, _folds(scaling, out.dtype))
+    form(grid, *weight, lora_A, lora_B, out, n, k, rank, scaling)
+
+
+def _folds(scaling: float, dtype: torch.dtype) -> bool:
+    """Return whether scaling times B, rounded, is scaling times B rounded: a power of two.
+
+    Then products are added onto the weight as it is decoded. float16 has few exponents: there only
+    where nothing is scaled.
+    """
+    if dtype == torch.bfloat16:
+        return abs(math.frexp(scaling)[0]) == 0.5 and 2.0**-20 <= abs(scaling) <= 2.0**20
+    return scaling == 1
+
+
+@lru_cache
+def _form(block_size: int, padded: int, grouped: bool, folds: bool) -> Launch:
+    constants = {
+        "BLOCK_SIZE": block_size,
+        "ROWS": ROWS,
+        "TILES": TILES,
+        "RANK": padded,
+        "GROUPED": grouped,
+        "FOLD": folds,
+    }
+    return Launch(merge_kernel, constants)
 
 
 def merge_variants(name: str, ranks: tuple[int, ...], dtype: str = "bf16") -> list[Variant]:
@@ -157,7 +184,14 @@ def merge_variants(name: str, ranks: tuple[int, ...], dtype: str = "bf16") -> li
             f"{name}, {dtype}" + (f", rank {rank}" if rank else ""),
             merge_kernel,
             signature,
-            {"BLOCK_SIZE": 64, "ROWS": ROWS, "TILES": TILES, "RANK": rank},
+            {
+                "BLOCK_SIZE": 64,
+                "ROWS": ROWS,
+                "TILES": TILES,
+                "RANK": rank,
+                "GROUPED": True,
+                "FOLD": True,
+            },
             ROWS * TILES * 64,
             targets=MATRIX,
         )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
 from ..tools.scratch import scratch, zeros
-from . import _lanes
 from ._configs import MatmulConfig, padded_rank
+from ._launch import Launch
 
 
 @triton.jit
@@ -107,12 +107,6 @@ def split_k_scratch(config: MatmulConfig, tiles: int, y: Tensor) -> tuple[Tensor
     return parts, zeros("split_k arrived", tiles, torch.int32, y.device)
 
 
-@lru_cache
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the map of scale codes and the levels on a device."""
-    return absmax_map(device), nf4_levels(device)
-
-
 def launch_product(
     kernel: Any,
     config: MatmulConfig,
@@ -127,43 +121,46 @@ def launch_product(
     t: Tensor | None,
     lora_B: Tensor | None,
     scaling: float,
-    factor: Tensor | None = None,
-    **constants: Any,
+    factor: Tensor | None,
+    block_size: int,
 ) -> None:
     """Launch a kernel of kernels/matmul.py or matmul_small.py, which fills y ``[M, N]``."""
-    parts, arrived = split_k_scratch(config, tiles, y)
+    (m, n), k, device = y.shape, x.shape[1], x.device
     rank = 0 if t is None else t.shape[1]
-    scale_map, levels = _tables(x.device)
-    kernel[(tiles, config.split_k)](
-        x,
-        packed.view(torch.int32),
-        absmax,
-        y if absmax2 is None else absmax2,
-        y if offset is None else offset,
-        scale_map,
-        levels,
-        x if t is None else t,
-        x if lora_B is None else lora_B,
-        x if bias is None else bias,
-        x if factor is None else factor,
-        y,
-        parts,
-        arrived,
-        *y.shape,
-        x.shape[1],
-        rank,
-        scaling,
-        BLOCK_N=config.block_n,
-        SPLIT_K=config.split_k,
-        RANK=padded_rank(rank),
-        HAS_BIAS=bias is not None,
-        HAS_FACTOR=factor is not None,
-        SHUFFLE=_lanes.has_shuffle(x),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-        **constants,
-    )
+    parts, arrived = split_k_scratch(config, tiles, y)
+    unroll = 4 if k % 256 == 0 else 2 if k % 128 == 0 else 1
+    grouped = unroll == 4 and block_size == 64 and absmax.dtype == torch.uint8
+    ends = (bias is not None, factor is not None)
+    form = _form(kernel, config, block_size, unroll, grouped, padded_rank(rank), *ends)
+    weight = (packed, absmax, absmax2, offset, absmax_map(device), nf4_levels(device))
+    terms = (t, lora_B, bias, factor)
+    grid = (tiles, config.split_k)
+    form(grid, x, *weight, *terms, y, parts, arrived, m, n, k, rank, scaling)
+
+
+@lru_cache
+def _form(
+    kernel: Any,
+    config: MatmulConfig,
+    block_size: int,
+    unroll: int,
+    grouped: bool,
+    padded: int,
+    has_bias: bool,
+    has_factor: bool,
+) -> Launch:
+    constants = {
+        "BLOCK_SIZE": block_size,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "UNROLL": unroll,
+        "GROUPED": grouped,
+        "SPLIT_K": config.split_k,
+        "RANK": padded,
+        "HAS_BIAS": has_bias,
+        "HAS_FACTOR": has_factor,
+    }
+    return Launch(kernel, constants, config.num_warps, config.num_stages)
 
 
 # Of both kernels, for a double-quantized weight, bf16 and an adapter

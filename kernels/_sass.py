@@ -58,11 +58,11 @@ def disassemble(cubin: Path) -> list[Instruction]:
 
 def main_loop(code: list[Instruction]) -> list[Instruction] | None:
     """Return the loop that does the work, or None: no loop inside it multiplies, waiting apart."""
-    loops = [set(body) for body in _loops(code)]
-    working = [body for body in loops if tensor_instructions([code[i] for i in body])]
+    bodies = [set(body) for body in loops(code)]
+    working = [body for body in bodies if tensor_instructions([code[i] for i in body])]
     innermost = [body for body in working if not any(other < body for other in working)]
-    bodies = [[code[i] for i in sorted(body)] for body in innermost]
-    return max(bodies, key=tensor_instructions, default=None)
+    found = [[code[i] for i in sorted(body)] for body in innermost]
+    return max(found, key=tensor_instructions, default=None)
 
 
 def tensor_instructions(code: list[Instruction]) -> int:
@@ -135,7 +135,7 @@ def _blocks(code: list[Instruction]) -> tuple[list[tuple[int, int]], list[list[i
     return blocks, successors
 
 
-def _loops(code: list[Instruction]) -> list[list[int]]:
+def loops(code: list[Instruction]) -> list[list[int]]:
     """Return the natural loops as instruction numbers, innermost and outer ones alike.
 
     A loop is a jump to a block that dominates the jump's own, so that blocks moved out of line,

@@ -10,6 +10,7 @@ Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
-from . import _lanes
 from ._aot import Variant
 from ._decode import decode_absmax, decode_bytes
+from ._launch import Launch
 from ._merge import merge_variants, write_dense
 
 TILE_BYTES = 4096
@@ -90,26 +91,24 @@ def dequantize(
     if layout == "fragments":
         write_dense(packed, absmax, absmax2, offset, None, None, 1.0, block_size, out)
         return out
-    block_bytes = block_size // 2
-    rows = max(TILE_BYTES // block_bytes, 1)
-    levels = nf4_levels(packed.device)
-    _dequantize_kernel[(-(-n // (rows * block_size)),)](
-        packed,
-        absmax,
-        levels if absmax2 is None else absmax2,
-        levels if offset is None else offset,
-        absmax_map(packed.device),
-        levels,
-        out,
-        n,
-        BLOCK_BYTES=block_bytes,
-        ROWS=rows,
-        MASK_BYTES=0 if n % (rows * block_size) == 0 else 4 if n % 8 == 0 else 1,
-        SHUFFLE=_lanes.has_shuffle(packed),
-        num_warps=4,
-        enable_fp_fusion=False,
+    taken = max(TILE_BYTES, block_size // 2) * 2  # by a program
+    mask_bytes = 0 if n % taken == 0 else 4 if n % 8 == 0 else 1
+    tables = (absmax_map(packed.device), nf4_levels(packed.device))
+    _form(block_size, mask_bytes)(
+        (-(-n // taken),), packed, absmax, absmax2, offset, *tables, out, n
     )
     return out
+
+
+@lru_cache
+def _form(block_size: int, mask_bytes: int) -> Launch:
+    block_bytes = block_size // 2
+    constants = {
+        "BLOCK_BYTES": block_bytes,
+        "ROWS": max(TILE_BYTES // block_bytes, 1),
+        "MASK_BYTES": mask_bytes,
+    }
+    return Launch(_dequantize_kernel, constants)
 
 
 def variants() -> list[Variant]:

@@ -5,6 +5,8 @@ Sums in fp32, t rounded once. Reads 2 bytes an element of x; 2 r flops.
 Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from ..tools.dropout import dropout_threshold
 from ._aot import Variant
-from ._configs import MATRIX, lora_down_config, lora_down_warps
+from ._configs import MATRIX, MatmulConfig, lora_down_config, lora_down_warps
 from ._dropout import keep
+from ._launch import Launch
 from ._product import add_parts, split_k_scratch
 
 
@@ -67,35 +70,30 @@ def _lora_down_kernel(
 
 def lora_down(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """Return t; arguments as in nf4/reference/lora_down.py."""
-    (m, k), rank = x.shape, lora_A.shape[0]
+    rank, k = lora_A.shape
+    m = x.numel() // k
     t = torch.empty(m, rank, dtype=x.dtype, device=x.device)
     if m == 0:
         return t
     config = lora_down_config(m, k, rank, x.device)
     tiles = -(-m // config.block_m)
     parts, arrived = split_k_scratch(config, tiles, t)
-    _lora_down_kernel[(tiles, config.split_k)](
-        x,
-        lora_A,
-        x if seed is None else seed,
-        t,
-        parts,
-        arrived,
-        m,
-        k,
-        rank,
-        dropout_threshold(dropout_p),
-        1 / (1 - dropout_p),
-        BLOCK_M=config.block_m,
-        RANK=config.block_n,
-        BLOCK_K=_block_k(rank),
-        SPLIT_K=config.split_k,
-        DROPOUT=seed is not None,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-    )
+    form = _form(config, _block_k(rank), seed is not None)
+    dropout = (dropout_threshold(dropout_p), 1 / (1 - dropout_p))
+    form((tiles, config.split_k), x, lora_A, seed, t, parts, arrived, m, k, rank, *dropout)
     return t
+
+
+@lru_cache
+def _form(config: MatmulConfig, block_k: int, dropout: bool) -> Launch:
+    constants = {
+        "BLOCK_M": config.block_m,
+        "RANK": config.block_n,
+        "BLOCK_K": block_k,
+        "SPLIT_K": config.split_k,
+        "DROPOUT": dropout,
+    }
+    return Launch(_lora_down_kernel, constants, config.num_warps, config.num_stages)
 
 
 def _block_k(rank: int) -> int:

@@ -1,23 +1,32 @@
 """What an adapter's backward takes from one pass over a tall matrix z: z.T @ v, z @ w, column sums.
 
 A program has a strip of columns and a chunk of rows. Its part of z.T @ v stays in registers over
-the chunk; its part of z @ w is left for each row. Parts are added up by PyTorch in a fixed order.
-Sums in fp32. Reads 2 bytes an element of z; 4 r flops.
+the chunk; its part of z @ w is left for each row. A second launch adds all parts up, in a fixed
+order. Sums in fp32. Reads 2 bytes an element of z; 4 r flops.
 Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
 """
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tools.cost import device_of
+from ..tools.cost import DEVICES, Device, device_of
 from ..tools.dropout import dropout_threshold
+from ..tools.scratch import scratch
 from ._aot import Variant
-from ._configs import MATRIX, MMA, WGMMA, is_amd, padded_rank
+from ._configs import MFMA, MMA, WGMMA, has_wgmma, is_amd, padded_rank
 from ._dropout import keep
+from ._launch import Launch
 
 BLOCK_M = 64
+ADDED = 128  # elements that a program adds up
+MOST_KEPT = 2**23  # elements of parts for which memory is kept
 
 
 @triton.jit
@@ -26,9 +35,9 @@ def _lora_grad_kernel(
     v_ptr,  # dtype of z [M, rank]
     w_ptr,  # float [C, rank]
     seed_ptr,  # int64 []
-    across_ptr,  # float32 [chunks, C, rank]
-    along_ptr,  # float32 [strips, M, rank]
-    sums_ptr,  # float32 [chunks, C]
+    parts_ptr,  # float32: z.T @ v [chunks, C, rank], z @ w [strips, M, rank], sums [chunks, C]
+    first_along,  # where parts of z @ w begin
+    first_sums,
     M,
     C,
     rank,
@@ -62,7 +71,9 @@ def _lora_grad_kernel(
         if HAS_W:
             along = tl.dot(z, w)  # [BLOCK_M, RANK]
             row = strip.to(tl.int64) * M + offs_m
-            tl.store(along_ptr + row[:, None] * rank + offs_r[None, :], along, mask=mask_v)
+            tl.store(
+                parts_ptr + first_along + row[:, None] * rank + offs_r[None, :], along, mask=mask_v
+            )
         if HAS_SUMS:
             sums += tl.sum(z.to(tl.float32), axis=0)
         if DROPOUT:
@@ -71,9 +82,112 @@ def _lora_grad_kernel(
         across = tl.dot(tl.trans(z), v, across)
     column = chunk.to(tl.int64) * C + offs_c
     mask_across = mask_c[:, None] & mask_r[None, :]
-    tl.store(across_ptr + column[:, None] * rank + offs_r[None, :], across, mask=mask_across)
+    tl.store(parts_ptr + column[:, None] * rank + offs_r[None, :], across, mask=mask_across)
     if HAS_SUMS:
-        tl.store(sums_ptr + column, sums, mask=mask_c)
+        tl.store(parts_ptr + first_sums + column, sums, mask=mask_c)
+
+
+@triton.jit
+def _add(parts_ptr, out_ptr, size, count, factor, pid, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
+    """Add up parts ``[count, size]``, SIZE elements in a fixed order, and store them times factor.
+
+    COLUMNS is 0, or the number of columns of a part that is stored transposed.
+    """
+    AT_ONCE: tl.constexpr = 32  # parts
+    offs = pid * SIZE + tl.arange(0, SIZE)
+    total = tl.zeros([AT_ONCE, SIZE], tl.float32)
+    for first in range(0, count, AT_ONCE):
+        parts = first + tl.arange(0, AT_ONCE)
+        part_ptrs = parts_ptr + parts.to(tl.int64)[:, None] * size + offs[None, :]
+        mask = (parts < count)[:, None] & (offs < size)[None, :]
+        total += tl.load(part_ptrs, mask=mask, other=0.0)
+    out = tl.sum(total, axis=0) * factor
+    offs_out = offs
+    if COLUMNS:
+        offs_out = offs % COLUMNS * (size // COLUMNS) + offs // COLUMNS
+    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=offs < size)
+
+
+@triton.jit
+def _add_parts_kernel(
+    parts_ptr,  # float32, of across [chunks, C, rank], of along [strips, M, rank], of sums
+    across_ptr,  # float32 [C, rank], or [rank, C]
+    along_ptr,  # dtype of z [M, rank]
+    sums_ptr,  # float32 [C]
+    first_along,  # where parts of along begin
+    first_sums,
+    M,
+    C,
+    rank,
+    chunks,
+    strips,
+    factor,  # of across
+    scaling,  # of along
+    SIZE: tl.constexpr,  # elements a program
+    COLUMNS: tl.constexpr,  # 0, or the rank where across is wanted transposed
+    HAS_W: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    programs = tl.cdiv(C * rank, SIZE)
+    if pid < programs:
+        _add(parts_ptr, across_ptr, C * rank, chunks, factor, pid, SIZE, COLUMNS)
+    pid -= programs
+    if HAS_W:
+        programs = tl.cdiv(M * rank, SIZE)
+        if (pid >= 0) & (pid < programs):
+            _add(parts_ptr + first_along, along_ptr, M * rank, strips, scaling, pid, SIZE, 0)
+        pid -= programs
+    if HAS_SUMS and pid >= 0:
+        _add(parts_ptr + first_sums, sums_ptr, C, chunks, 1.0, pid, SIZE, 0)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How the pass over z is cut: rows a step, columns and warps a program, stages, chunks."""
+
+    block_m: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    rows_a_chunk: int
+
+
+@lru_cache(maxsize=4096)
+def _cut(m: int, c: int, rank: int, has_w: bool, device: Device, wgmma: bool) -> _Cut:
+    """Return the cut of z ``[m, c]``.
+
+    As swept on an H200 for GPUs like it: a program a multiprocessor, each with a deep pipeline, for
+    parts of z @ w are written once a strip. What takes no whole vectors of v has fewer registers.
+    """
+    padded = padded_rank(rank)
+    block_c, stages = 256 if padded <= 32 else 128, 2
+    if wgmma:
+        wide = has_w and (padded <= 32 or rank % 16 == 0)
+        block_c, stages = 256 if wide else 128, 4
+    strips = -(-c // block_c)
+    chunks = device.sms // strips if wgmma else -(-2 * device.sms // strips)
+    chunks = max(1, min(chunks, -(-m // BLOCK_M)))
+    return _Cut(BLOCK_M, block_c, 8, stages, -(-m // (chunks * BLOCK_M)) * BLOCK_M)
+
+
+@lru_cache
+def _forms(
+    cut: _Cut, rank: int, has_w: bool, has_sums: bool, dropout: bool, transposed: bool
+) -> tuple[Launch, Launch]:
+    """Return the pass over z, and what adds its parts up."""
+    ends = {"HAS_W": has_w, "HAS_SUMS": has_sums}
+    constants = {
+        "BLOCK_M": cut.block_m,
+        "BLOCK_C": cut.block_c,
+        "RANK": padded_rank(rank),
+        "DROPOUT": dropout,
+    }
+    added = {"SIZE": ADDED, "COLUMNS": rank * transposed}
+    return (
+        Launch(_lora_grad_kernel, {**constants, **ends}, cut.num_warps, cut.num_stages),
+        Launch(_add_parts_kernel, {**added, **ends}),
+    )
 
 
 def lora_grad(
@@ -84,48 +198,41 @@ def lora_grad(
     need_sums: bool,
     dropout_p: float,
     seed: Tensor | None,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the products and sums; arguments as in nf4/reference/lora_grad.py."""
-    (m, c), rank = z.shape, v.shape[1]
-    padded = padded_rank(rank)
-    block_c, num_warps = _strip(padded)
-    strips = -(-c // block_c)
-    chunks = max(1, min(-(-2 * device_of(z.device).sms // strips), -(-m // BLOCK_M)))
-    rows_a_chunk = -(-m // (chunks * BLOCK_M)) * BLOCK_M
-    chunks = -(-m // rows_a_chunk) if m else 0
-    across = z.new_empty(chunks, c, rank, dtype=torch.float32)
-    along = z.new_empty(strips if w is not None else 0, m, rank, dtype=torch.float32)
-    sums = z.new_empty(chunks if need_sums else 0, c, dtype=torch.float32)
-    if m:
-        _lora_grad_kernel[(strips, chunks)](
-            z,
-            v,
-            z if w is None else w,
-            z if seed is None else seed,
-            across,
-            across if w is None else along,
-            sums if need_sums else across,
-            m,
-            c,
-            rank,
-            rows_a_chunk,
-            dropout_threshold(dropout_p),
-            BLOCK_M=BLOCK_M,
-            BLOCK_C=block_c,
-            RANK=padded,
-            HAS_W=w is not None,
-            HAS_SUMS=need_sums,
-            DROPOUT=seed is not None,
-            num_warps=num_warps,
-            num_stages=2,
-            enable_fp_fusion=False,
-        )
-    factor = scaling / (1 - dropout_p)
-    return (
-        across.sum(dim=0).mul_(factor),
-        None if w is None else along.sum(dim=0).mul_(scaling).to(z.dtype),
-        sums.sum(dim=0) if need_sums else None,
-    )
+    c, rank, device = z.shape[-1], v.shape[1], z.device
+    m = z.numel() // c
+    has_w = w is not None
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    across = torch.empty((rank, c) if transposed else (c, rank), **options)
+    along = torch.empty_like(v) if has_w else None
+    sums = torch.empty(c, **options) if need_sums else None
+    if m == 0:
+        return across.zero_(), along, None if sums is None else sums.zero_()
+    cut = _cut(m, c, rank, has_w, device_of(device), has_wgmma(device))
+    strips, chunks = -(-c // cut.block_c), -(-m // cut.rows_a_chunk)
+    first_along = _rounded(chunks * c * rank)
+    first_sums = first_along + _rounded(strips * m * rank * has_w)
+    size = first_sums + chunks * c * need_sums
+    if size <= MOST_KEPT:
+        parts = scratch("lora_grad parts", size, torch.float32, device)
+    else:
+        parts = torch.empty(size, **options)
+    form, add = _forms(cut, rank, has_w, need_sums, seed is not None, transposed)
+    sizes = (first_along, first_sums, m, c, rank)
+    threshold = dropout_threshold(dropout_p)
+    form((strips, chunks), z, v, w, seed, parts, *sizes, cut.rows_a_chunk, threshold)
+    added = (c * rank, m * rank * has_w, c * need_sums)
+    programs = sum(-(-size // ADDED) for size in added)
+    factors = (scaling / (1 - dropout_p), float(scaling))
+    add((programs,), parts, across, along, sums, *sizes, chunks, strips, *factors)
+    return across, along, sums
+
+
+def _rounded(elements: int) -> int:
+    """Return the next multiple of 16, so that what follows lies at a multiple of 64 bytes."""
+    return -(-elements // 16) * 16
 
 
 def max_rank(device: torch.device) -> int:
@@ -133,21 +240,16 @@ def max_rank(device: torch.device) -> int:
     return 32 if is_amd(device) else 64
 
 
-def _strip(padded_rank: int) -> tuple[int, int]:
-    """Return columns and warps of a program: what its registers hold of z.T @ v."""
-    return (256, 8) if padded_rank <= 32 else (128, 8)
-
-
 def variants() -> list[Variant]:
-    """Return the compilations to report on; instructions are per element of z."""
+    """Return the compilations to report on; instructions are per element of z, or of a part."""
     signature = {
         "z_ptr": "*bf16",
         "v_ptr": "*bf16",
         "w_ptr": "*fp32",
         "seed_ptr": "*i64",
-        "across_ptr": "*fp32",
-        "along_ptr": "*fp32",
-        "sums_ptr": "*fp32",
+        "parts_ptr": "*fp32",
+        "first_along": "i32",
+        "first_sums": "i32",
         "M": "i32",
         "C": "i32",
         "rank": "i32",
@@ -155,26 +257,42 @@ def variants() -> list[Variant]:
         "threshold": "i32",
     }
     made = []
-    for rank, dropout in ((16, False), (16, True), (64, False)):
-        block_c, num_warps = _strip(rank)
+    families = ((True, WGMMA), (False, MMA + MFMA))
+    forms = ((16, False), (16, True), (64, False), (50, False))
+    for (rank, dropout), (wgmma, targets) in product(forms, families):
+        cut = _cut(4096, 4096, rank, not dropout, DEVICES[0], wgmma)
+        form, _ = _forms(cut, rank, not dropout, not dropout, dropout, False)
+        name = f"lora_grad, rank {rank}, {'dropout' if dropout else 'both'}"
         made.append(
             Variant(
-                f"lora_grad, rank {rank}" + (", dropout" if dropout else ", both"),
+                name if wgmma else f"{name}, mma",
                 _lora_grad_kernel,
                 signature,
-                {
-                    "BLOCK_M": BLOCK_M,
-                    "BLOCK_C": block_c,
-                    "RANK": rank,
-                    "HAS_W": not dropout,
-                    "HAS_SUMS": not dropout,
-                    "DROPOUT": dropout,
-                },
-                BLOCK_M * block_c,
-                num_warps,
-                2,
-                indivisible=("M", "rank"),
-                targets=MATRIX if rank <= 32 else WGMMA + MMA,
+                form.constants,
+                cut.block_m * cut.block_c,
+                cut.num_warps,
+                cut.num_stages,
+                indivisible=("M",) if rank == 64 else ("M", "rank"),
+                targets=targets if rank <= 32 else tuple(t for t in targets if t not in MFMA),
             )
         )
+    outputs = {"across_ptr": "*fp32", "along_ptr": "*bf16", "sums_ptr": "*fp32"}
+    sizes = ("first_along", "first_sums", "M", "C", "rank", "chunks", "strips")
+    added = {"SIZE": ADDED, "COLUMNS": 0, "HAS_W": True, "HAS_SUMS": True}
+    made.append(
+        Variant(
+            "lora_grad, adding up",
+            _add_parts_kernel,
+            {
+                "parts_ptr": "*fp32",
+                **outputs,
+                **dict.fromkeys(sizes, "i32"),
+                "factor": "fp32",
+                "scaling": "fp32",
+            },
+            added,
+            32 * ADDED,
+            indivisible=("M", "rank", "chunks", "strips"),
+        )
+    )
     return made

@@ -5,6 +5,8 @@ Writes 2 bytes an element; 2 r flops.
 Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from ..tools.dropout import dropout_threshold
 from ._aot import Variant
 from ._configs import MATRIX, padded_rank
 from ._dropout import keep
+from ._launch import Launch
 
 BLOCK_M, BLOCK_N, NUM_WARPS = 64, 128, 8
 
@@ -77,28 +80,23 @@ def lora_up(
     out = torch.empty(m, n, dtype=t.dtype, device=t.device)
     if m == 0:
         return out
-    _lora_up_kernel[(-(-n // BLOCK_N), -(-m // BLOCK_M))](
-        t,
-        b,
-        t if bias is None else bias,
-        t if seed is None else seed,
-        out,
-        m,
-        n,
-        rank,
-        *b.stride(),
-        scaling,
-        dropout_threshold(dropout_p),
-        1 / (1 - dropout_p),
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        RANK=padded_rank(rank),
-        HAS_BIAS=bias is not None,
-        DROPOUT=seed is not None,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
-    )
+    form = _form(padded_rank(rank), bias is not None, seed is not None)
+    grid = (-(-n // BLOCK_N), -(-m // BLOCK_M))
+    dropout = (dropout_threshold(dropout_p), 1 / (1 - dropout_p))
+    form(grid, t, b, bias, seed, out, m, n, rank, *b.stride(), scaling, *dropout)
     return out
+
+
+@lru_cache
+def _form(padded: int, has_bias: bool, dropout: bool) -> Launch:
+    constants = {
+        "BLOCK_M": BLOCK_M,
+        "BLOCK_N": BLOCK_N,
+        "RANK": padded,
+        "HAS_BIAS": has_bias,
+        "DROPOUT": dropout,
+    }
+    return Launch(_lora_up_kernel, constants, NUM_WARPS)
 
 
 def variants() -> list[Variant]:

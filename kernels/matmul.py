@@ -26,15 +26,15 @@ from ._configs import (
     MatmulConfig,
     matmul_config,
 )
-from ._fragments import decode_tile, load_scales
+from ._fragments import as_words, decode_tile, load_scales
 from ._product import SIGNATURE, add_parts, finish, launch_product
 
 
 @triton.jit
 def _matmul_kernel(
     x_ptr,  # float16 or bfloat16 [M, K]
-    words_ptr,  # int32 [N / 16, K / 64, 128]
-    absmax_ptr,  # float32 [K / BLOCK_SIZE, N], or uint8 codes
+    words_ptr,  # int32 [N / 16, K / 64, 128], or their bytes
+    absmax_ptr,  # float32 [K / BLOCK_SIZE * N] by groups of four columns, or uint8 codes
     absmax2_ptr,  # float32 [ceil(blocks / 256)]
     offset_ptr,  # float32 []
     map_ptr,  # float32 [256]
@@ -69,10 +69,10 @@ def _matmul_kernel(
     offs_k = tl.arange(0, 64)
     tiles = tl.minimum(pid_n * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16), N // 16 - 1)
     steps = K // 64
-    word_ptrs = words_ptr + tiles.to(tl.int64)[:, None] * (steps * 128) + tl.arange(0, 128)[None, :]
+    word_ptrs = as_words(words_ptr) + tiles.to(tl.int64)[:, None] * (steps * 128)
+    word_ptrs += tl.arange(0, 128)[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + offs_k[:, None]
-    scale_ptrs = absmax_ptr + offs_n
-    first_blocks = offs_n * (K // BLOCK_SIZE)
+    columns = K // BLOCK_SIZE
     offset = 0.0
     if absmax_ptr.dtype.element_ty == tl.uint8:
         offset = tl.load(offset_ptr)
@@ -81,12 +81,12 @@ def _matmul_kernel(
         words = tl.load(word_ptrs + step * 128)  # [BLOCK_N / 16, 128]
         column = step * 64 // BLOCK_SIZE
         scale0 = load_scales(
-            scale_ptrs, absmax2_ptr, map_ptr, offset, first_blocks, column, N
+            absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column, columns, N
         )  # [BLOCK_N]
         scale1 = scale0
         if BLOCK_SIZE == 32:
             scale1 = load_scales(
-                scale_ptrs, absmax2_ptr, map_ptr, offset, first_blocks, column + 1, N
+                absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column + 1, columns, N
             )
         x = tl.load(x_ptrs + step * 64)  # [64, BLOCK_M]
         w = decode_tile(words, scale0, scale1, levels_ptr, BLOCK_N, x_ptr.dtype.element_ty, SHUFFLE)
@@ -147,8 +147,7 @@ def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any
             y,
             x,
             *terms,
-            BLOCK_SIZE=block_size,
-            BLOCK_M=config.block_m,
+            block_size,
         )
     return y
 

@@ -1,9 +1,10 @@
-"""Multiply up to 16 rows by fragments of W: y = f * (x @ W.T + scaling * t @ lora_B.T + bias).
+"""Multiply up to 128 rows by fragments of W: y = f * (x @ W.T + scaling * t @ lora_B.T + bias).
 
-The product is bound by the bytes of W: decoding has 3.5 instructions a weight. Levels are rounded
-to the dtype of x and multiplied as they are; the sum of each block is then scaled in fp32, and y is
-rounded once. Programs split K as in kernels/matmul.py. Reads 0.516 bytes a weight (block 64, double
-quantization).
+Of few rows the product is bound by the bytes of W: decoding has 3.5 instructions a weight. Levels
+are rounded to the dtype of x and multiplied as they are; the sum of each block is then scaled in
+fp32, and y is rounded once. Where a step's blocks are a group of four codes, scales are loaded
+ahead of their use. Programs split K as in kernels/matmul.py. Reads 0.516 bytes a weight (block 64,
+double quantization).
 Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxiv.org/abs/2106.09685).
 """
 
@@ -14,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import Variant
-from ._configs import MATMUL_SMALL, MATRIX, MatmulConfig, matmul_small_config
-from ._fragments import load_scales
+from ._configs import MATMUL_SMALL, MATRIX, SMALL_M, WGMMA, MatmulConfig, matmul_small_config
+from ._fragments import as_words, load_group, load_group_scales, load_scales
 from ._levels16 import decode_levels
 from ._product import SIGNATURE, add_parts, finish, launch_product
 
@@ -28,10 +29,19 @@ def _levels_tile(pairs, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _product(words, scale, x, acc, levels_ptr, ROWS: tl.constexpr, SHUFFLE: tl.constexpr):
+    """Return acc plus the product of one tile of 64 columns, its sums times the rows' scales."""
+    words = words.reshape([ROWS // 16, 8, 4, 2, 2])
+    pairs = decode_levels(words, levels_ptr, x.dtype, SHUFFLE)
+    part = tl.dot(_levels_tile(pairs, ROWS), x)
+    return tl.fma(part, tl.broadcast_to(scale[:, None], acc.shape), acc)
+
+
+@triton.jit
 def _matmul_small_kernel(
     x_ptr,  # float16 or bfloat16 [M, K]
-    words_ptr,  # int32 [N / 16, K / 64, 128]
-    absmax_ptr,  # float32 [K / BLOCK_SIZE, N], or uint8 codes
+    words_ptr,  # int32 [N / 16, K / 64, 128], or their bytes
+    absmax_ptr,  # float32 [K / BLOCK_SIZE * N] by groups of four columns, or uint8 codes
     absmax2_ptr,  # float32 [ceil(blocks / 256)]
     offset_ptr,  # float32 []
     map_ptr,  # float32 [256]
@@ -41,7 +51,7 @@ def _matmul_small_kernel(
     bias_ptr,  # float [N]
     factor_ptr,  # float [N]
     y_ptr,  # dtype of x [M, N]
-    parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_N * 16]
+    parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_N * BLOCK_M]
     arrived_ptr,  # int32 [tiles], zeros before and after
     M,
     N,
@@ -49,8 +59,10 @@ def _matmul_small_kernel(
     rank,
     scaling,
     BLOCK_SIZE: tl.constexpr,  # at least 64
+    BLOCK_M: tl.constexpr,  # at least M
     BLOCK_N: tl.constexpr,  # at least 16 a warp
     UNROLL: tl.constexpr,  # tiles of 64 columns a step
+    GROUPED: tl.constexpr,  # whether a step's blocks are a group of four codes a row
     SPLIT_K: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -58,37 +70,54 @@ def _matmul_small_kernel(
     SHUFFLE: tl.constexpr,
 ):
     pid_n, pid_k = tl.program_id(0), tl.program_id(1)
-    offs_m = tl.minimum(tl.arange(0, 16), M - 1)
+    offs_m = tl.minimum(tl.arange(0, BLOCK_M), M - 1)
     offs_n = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
     tiles = tl.minimum(pid_n * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16), N // 16 - 1)
     all_tiles = K // 64
-    word_ptrs = words_ptr + tiles.to(tl.int64)[:, None] * (all_tiles * 128)
+    word_ptrs = as_words(words_ptr) + tiles.to(tl.int64)[:, None] * (all_tiles * 128)
     word_ptrs += tl.arange(0, 128)[None, :]
     x_ptrs = x_ptr + offs_m[None, :] * K + tl.arange(0, 64)[:, None]
-    scale_ptrs = absmax_ptr + offs_n
-    first_blocks = offs_n * (K // BLOCK_SIZE)
     offset = 0.0
     if absmax_ptr.dtype.element_ty == tl.uint8:
         offset = tl.load(offset_ptr)
     steps = all_tiles // UNROLL
-    acc = tl.zeros([BLOCK_N, 16], tl.float32)
-    for step in tl.range(steps * pid_k // SPLIT_K, steps * (pid_k + 1) // SPLIT_K):
-        for u in tl.static_range(UNROLL):
-            tile = step * UNROLL + u
-            words = tl.load(word_ptrs + tile * 128)  # [BLOCK_N / 16, 128]
-            scale = load_scales(
-                scale_ptrs, absmax2_ptr, map_ptr, offset, first_blocks, tile * 64 // BLOCK_SIZE, N
-            )  # [BLOCK_N]
-            x = tl.load(x_ptrs + tile * 64)  # [64, 16]
-            pairs = decode_levels(
-                words.reshape([BLOCK_N // 16, 8, 4, 2, 2]),
-                levels_ptr,
-                x_ptr.dtype.element_ty,
-                SHUFFLE,
+    begin, end = steps * pid_k // SPLIT_K, steps * (pid_k + 1) // SPLIT_K
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if GROUPED:
+        # The map's entries come a step ahead of the product, and the codes that pick them two. The
+        # widest tile has no registers for that: its codes come a step ahead
+        AHEAD: tl.constexpr = 1 if BLOCK_M < 128 else 0
+        last = end - 1
+        codes = load_group(absmax_ptr, offs_n, begin, N)
+        if AHEAD:
+            scales = load_group_scales(absmax2_ptr, map_ptr, offset, offs_n, codes, begin, K)
+            codes = load_group(absmax_ptr, offs_n, tl.minimum(begin + 1, last), N)
+        for step in tl.range(begin, end):
+            following = tl.minimum(step + AHEAD, last)
+            next_scales = load_group_scales(
+                absmax2_ptr, map_ptr, offset, offs_n, codes, following, K
             )
-            part = tl.dot(_levels_tile(pairs, BLOCK_N), x)
-            acc = tl.fma(part, tl.broadcast_to(scale[:, None], acc.shape), acc)
-    mask = (tl.arange(0, 16) < M)[None, :]
+            codes = load_group(absmax_ptr, offs_n, tl.minimum(step + 1 + AHEAD, last), N)
+            if not AHEAD:
+                scales = next_scales
+            for u in tl.static_range(4):
+                words = tl.load(word_ptrs + step * 512 + u * 128)  # [BLOCK_N / 16, 128]
+                x = tl.load(x_ptrs + step * 256 + u * 64)  # [64, BLOCK_M]
+                acc = _product(words, scales[u], x, acc, levels_ptr, BLOCK_N, SHUFFLE)
+            if AHEAD:
+                scales = next_scales
+    else:
+        for step in tl.range(begin, end):
+            for u in tl.static_range(UNROLL):
+                tile = step * UNROLL + u
+                words = tl.load(word_ptrs + tile * 128)
+                column, columns = tile * 64 // BLOCK_SIZE, K // BLOCK_SIZE
+                scale = load_scales(
+                    absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column, columns, N
+                )  # [BLOCK_N]
+                x = tl.load(x_ptrs + tile * 64)
+                acc = _product(words, scale, x, acc, levels_ptr, BLOCK_N, SHUFFLE)
+    mask = (tl.arange(0, BLOCK_M) < M)[None, :]
     acc, is_last = add_parts(
         acc, parts_ptr, arrived_ptr, pid_n, tl.num_programs(0), pid_k, mask, SPLIT_K
     )
@@ -127,7 +156,7 @@ def matmul_small(
     factor: Tensor | None = None,
 ) -> Tensor:
     """Multiply few rows; arguments as in nf4/reference/matmul.py, block_size at least 64."""
-    config = matmul_small_config(out_features, x.shape[1], x.device)
+    config = matmul_small_config(x.shape[0], out_features, x.shape[1], x.device)
     terms = (packed, absmax, absmax2, offset, bias, t, lora_B, scaling, factor)
     return launch(config, x, out_features, block_size, *terms)
 
@@ -144,8 +173,7 @@ def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any
             y,
             x,
             *terms,
-            BLOCK_SIZE=block_size,
-            UNROLL=4 if k % 256 == 0 else 2 if k % 128 == 0 else 1,
+            block_size,
         )
     return y
 
@@ -154,17 +182,22 @@ def variants() -> list[Variant]:
     """Return the compilations to report on: every tile, split and whole."""
 
     def variant(config: MatmulConfig, unroll: int, split_k: int, rank: int) -> Variant:
+        widest = config == MATMUL_SMALL[-1]
+        targets, split_k = (("sm_90",), 1) if widest else (WGMMA, split_k)
         constants = {
             "BLOCK_SIZE": 64,
+            "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "UNROLL": unroll,
+            "GROUPED": unroll == 4,
             "SPLIT_K": split_k,
             "RANK": rank,
             "HAS_BIAS": rank > 0,
             "HAS_FACTOR": unroll == 1,
         }
         return Variant(
-            f"matmul_small, {config.block_n}, unrolled {unroll}, split {split_k}, rank {rank}",
+            f"matmul_small, {config.block_m}×{config.block_n}, unrolled {unroll}, "
+            f"split {split_k}, rank {rank}",
             _matmul_small_kernel,
             SIGNATURE,
             constants,
@@ -172,8 +205,9 @@ def variants() -> list[Variant]:
             config.num_warps,
             config.num_stages,
             indivisible=("M", "rank"),
-            targets=MATRIX,
+            targets=MATRIX if config.block_m == SMALL_M else targets,
         )
 
-    cuts = ((4, 1, 0), (4, 4, 16), (1, 4, 16))
-    return [variant(config, *cut) for config in MATMUL_SMALL for cut in cuts]
+    made = [variant(config, 4, 1, 0) for config in MATMUL_SMALL]
+    made += [variant(config, 4, 4, 16) for config in MATMUL_SMALL]
+    return [*made, variant(MATMUL_SMALL[0], 1, 4, 16)]

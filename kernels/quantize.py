@@ -10,15 +10,17 @@ absmax that is not. Arithmetic and special cases as in nf4/reference/quantize.py
 Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..codebook import SMALLEST_ABSMAX
-from . import _lanes
 from ._aot import Variant
 from ._encode import bucket_bases, bucket_thresholds, encode, reciprocal
+from ._launch import Launch
 
 TILE = 8192
 MASKED_TILE = 4096  # the masks take registers
@@ -84,25 +86,17 @@ def quantize(
     else:
         packed, absmax = out
     if n:
-        rows = max(TILE // block_size, 1)
-        mask = 0 if n % (rows * block_size) == 0 else 8 if n % 8 == 0 else 1
-        if mask:
-            rows = max(MASKED_TILE // block_size, 1)
-        _quantize_kernel[(-(-n // (rows * block_size)),)](
-            x,
-            packed,
-            absmax,
-            bucket_thresholds(x.device),
-            bucket_bases(x.device),
-            n,
-            BLOCK_SIZE=block_size,
-            ROWS=rows,
-            MASK=mask,
-            SHUFFLE=_lanes.has_shuffle(x),
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+        mask = 0 if n % max(TILE, block_size) == 0 else 8 if n % 8 == 0 else 1
+        taken = max(MASKED_TILE if mask else TILE, block_size)  # by a program
+        tables = (bucket_thresholds(x.device), bucket_bases(x.device))
+        _form(block_size, mask)((-(-n // taken),), x, packed, absmax, *tables, n)
     return packed, absmax
+
+
+@lru_cache
+def _form(block_size: int, mask: int) -> Launch:
+    rows = max((MASKED_TILE if mask else TILE) // block_size, 1)
+    return Launch(_quantize_kernel, {"BLOCK_SIZE": block_size, "ROWS": rows, "MASK": mask})
 
 
 def variants() -> list[Variant]:

@@ -21,6 +21,7 @@ from ..codebook import (
     absmax_thresholds,
 )
 from ._aot import Variant
+from ._launch import Launch
 
 PARTS = 256
 TILE = 1024
@@ -96,21 +97,14 @@ def quantize_absmax(
     if not blocks:
         return codes, absmax2, offset.zero_()
     parts = torch.empty(PARTS, dtype=torch.float64, device=device)
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    _sum_kernel[(PARTS,)](absmax, parts, blocks, PARTS=PARTS, TILE=TILE, **options)
-    _quantize_absmax_kernel[(parts2,)](
-        absmax,
-        parts,
-        absmax_thresholds(device),
-        codes,
-        absmax2,
-        offset,
-        blocks,
-        PARTS=PARTS,
-        BLOCK=ABSMAX_BLOCK_SIZE,
-        **options,
-    )
+    _SUM((PARTS,), absmax, parts, blocks)
+    thresholds = absmax_thresholds(device)
+    _CODES((parts2,), absmax, parts, thresholds, codes, absmax2, offset, blocks)
     return codes, absmax2, offset
+
+
+_SUM = Launch(_sum_kernel, {"PARTS": PARTS, "TILE": TILE})
+_CODES = Launch(_quantize_absmax_kernel, {"PARTS": PARTS, "BLOCK": ABSMAX_BLOCK_SIZE})
 
 
 def variants() -> list[Variant]:

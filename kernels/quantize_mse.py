@@ -6,6 +6,8 @@ in float64, a few a block. Moves 2 bytes in and 0.5 out an element (bf16), but i
 arithmetic: 30 compares and adds an element and trial, 54 trials.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -22,9 +24,9 @@ from ..tools.scale_search import (
     X_UNIT,
     candidates,
 )
-from . import _lanes
 from ._aot import Variant
 from ._encode import bucket_bases, bucket_thresholds, encode, reciprocal
+from ._launch import Launch
 from .quantize import _larger
 
 TILE = 2048
@@ -136,29 +138,32 @@ def quantize_mse(
     else:
         packed, absmax = out
     if n:
-        rows = max(TILE // block_size, 1)
-        thresholds = bucket_thresholds(x.device)
-        _quantize_mse_kernel[(-(-n // (rows * block_size)),)](
+        _form(block_size, signed, weights is not None)(
+            (-(-n // max(TILE, block_size)),),
             x,
             packed,
             absmax,
-            thresholds,
+            bucket_thresholds(x.device),
             bucket_bases(x.device),
             candidates(x.device),
-            thresholds if weights is None else weights.contiguous(),
+            None if weights is None else weights.contiguous(),
             n,
             1 if weights is None else x.shape[-1],
-            BLOCK_SIZE=block_size,
-            ROWS=rows,
-            CANDIDATES=len(CANDIDATES),
-            SIGNED=signed,
-            WEIGHTED=weights is not None,
-            REFINEMENTS=REFINEMENTS,
-            SHUFFLE=_lanes.has_shuffle(x),
-            num_warps=4,
-            enable_fp_fusion=False,
         )
     return packed, absmax
+
+
+@lru_cache
+def _form(block_size: int, signed: bool, weighted: bool) -> Launch:
+    constants = {
+        "BLOCK_SIZE": block_size,
+        "ROWS": max(TILE // block_size, 1),
+        "CANDIDATES": len(CANDIDATES),
+        "SIGNED": signed,
+        "WEIGHTED": weighted,
+        "REFINEMENTS": REFINEMENTS,
+    }
+    return Launch(_quantize_mse_kernel, constants)
 
 
 def variants() -> list[Variant]:

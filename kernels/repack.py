@@ -1,16 +1,20 @@
 """Repack a quantized matrix between rows and fragments; orders as in nf4/reference/repack.py.
 
 One program takes a tile of 16 rows and 256 columns: 2048 bytes, each read from where the other
-order has it and written with its nibbles swapped. Scales are transposed by PyTorch. A conversion is
+order has it and written with its nibbles swapped. Scales are reordered by PyTorch. A conversion is
 done once a weight; it moves 0.5 bytes in and out an element.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.repack import reorder_scales
 from ._aot import Variant
+from ._launch import Launch
 
 TILE_COLUMNS = 256
 
@@ -45,19 +49,16 @@ def repack(
 ) -> tuple[Tensor, Tensor]:
     """Return packed and absmax in a layout; arguments as in nf4/reference/repack.py."""
     to_fragments = layout == "fragments"
-    blocks = absmax.numel() // rows
-    scales = absmax.view(rows, blocks) if to_fragments else absmax.view(blocks, rows)
     out = torch.empty_like(packed, memory_format=torch.contiguous_format)
-    _repack_kernel[(rows // 16, -(-columns // TILE_COLUMNS))](
-        packed.contiguous(),
-        out,
-        columns // 2,
-        TO_FRAGMENTS=to_fragments,
-        TILES=TILE_COLUMNS // 64,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
-    return out, scales.T.clone(memory_format=torch.contiguous_format).view(-1)
+    grid = (rows // 16, -(-columns // TILE_COLUMNS))
+    _form(to_fragments)(grid, packed.contiguous(), out, columns // 2)
+    return out, reorder_scales(absmax, rows, layout)
+
+
+@lru_cache
+def _form(to_fragments: bool) -> Launch:
+    constants = {"TO_FRAGMENTS": to_fragments, "TILES": TILE_COLUMNS // 64}
+    return Launch(_repack_kernel, constants)
 
 
 def variants() -> list[Variant]:

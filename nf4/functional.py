@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nf4.ops import operators  # which registers them
+from nf4.ops import operators, replay  # operators registers them
 from nf4.ops.checks import (
     check_block_size,
     check_dequantize_out,
@@ -277,18 +277,19 @@ def linear(
 
     Source of the factors: (IA)³ (https://arxiv.org/abs/2205.05638, section 3.3).
     """
-    check_linear(x, q, bias)
     if input_factor is not None or output_factor is not None:
+        check_linear(x, q, bias)
         return _scaled_linear(x, q, bias, input_factor, output_factor)
+    y = replay.product(q, x, (bias,), None, lambda: _linear(x, q, bias))
+    return _linear(x, q, bias) if y is None else y
+
+
+def _linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
+    check_linear(x, q, bias)
     check_no_tangent(x, bias)
-    x = _autocast(x)
     form = (*q.parts(), bias, q.shape[0], q.block_size, q.layout)
-    if x.ndim == 2:
-        y: Tensor = call("linear", x, *form)
-        return y
-    # A view made inside would not let itself be written to in place
-    y = call("linear", x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), *form)
-    return y.view(*x.shape[:-1], q.shape[0])
+    y: Tensor = call("linear", _autocast(x), *form)
+    return y
 
 
 def _scaled_linear(
@@ -357,6 +358,25 @@ def lora_linear(
 
     Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
     """
+    if not dropout_p and not isinstance(scaling, Tensor):
+        others = (bias, lora_A, lora_B)
+        terms = (x, q, lora_A, lora_B, scaling, bias, 0.0, None)
+        y = replay.product(q, x, others, scaling, lambda: _lora_linear(*terms))
+        if y is not None:
+            return y
+    return _lora_linear(x, q, lora_A, lora_B, scaling, bias, dropout_p, seed)
+
+
+def _lora_linear(
+    x: Tensor,
+    q: NF4Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
     check_linear(x, q, bias)
     check_lora(x, q, lora_A, lora_B, scaling)
     check_no_tangent(x, bias, lora_A, lora_B)
@@ -369,10 +389,10 @@ def lora_linear(
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
     if isinstance(scaling, Tensor):
         lora_B, scaling = times_scaling(lora_B, scaling), 1.0
-    x = _autocast(x)
+    y: Tensor
     y, _ = call(
         "lora_linear",
-        x.reshape(math.prod(x.shape[:-1]), x.shape[-1]),
+        _autocast(x),
         q.packed,
         q.absmax,
         q.absmax2,
@@ -387,8 +407,7 @@ def lora_linear(
         q.block_size,
         q.layout,
     )
-    out: Tensor = y.view(*x.shape[:-1], q.shape[0])
-    return out
+    return y
 
 
 def times_scaling(lora_B: Tensor, scaling: Tensor) -> Tensor:
@@ -403,4 +422,5 @@ def _autocast(x: Tensor) -> Tensor:
     kind = x.device.type
     if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return x
-    return x.to(torch.get_autocast_dtype(kind))
+    dtype = torch.get_autocast_dtype(kind)
+    return x if x.dtype == dtype else x.to(dtype)

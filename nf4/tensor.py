@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn, overload
 
 import torch
@@ -180,6 +180,10 @@ class NF4Tensor:
             f"the 4-bit weight of {layer}; leave the layer dense by skip_modules=['+{layer}'], "
             f"resize embeddings before they are quantized, or {remedy}"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies and pickles what is remembered of these very tensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def __repr__(self) -> str:
         """Describe the tensor without printing its bytes."""

@@ -192,7 +192,7 @@ MISTAKES = {
     "lane": ("_decode", "n{i}, 0x101f", "n{i}, 0x1f1f"),
     "shift": ("_decode", "8 * byte + 4)", "8 * byte + 3)"),
     "absmax2_of_the_first_part": ("_decode", "absmax2_ptr + first // 256", "absmax2_ptr"),
-    "contracted": ("dequantize", "enable_fp_fusion=False", "enable_fp_fusion=True"),
+    "contracted": ("_launch", '"enable_fp_fusion": False', '"enable_fp_fusion": True'),
 }
 
 

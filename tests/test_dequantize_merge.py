@@ -8,10 +8,11 @@ import nf4
 from nf4.error.exact import Exact, product
 from nf4.reference import dequantize_merge as reference
 
-# n, k, block size, double quantization, dtype, rank
+# n, k, block size, double quantization, dtype, rank, scaling (0.5 if none)
 CASES = {
     "rank_16": (80, 192, 64, True, torch.bfloat16, 16),
     "rank_1": (16, 64, 64, False, torch.bfloat16, 1),
+    "scaling_no_power_of_two": (80, 192, 64, True, torch.bfloat16, 16, 0.7),
     "block_32_rank_100": (64, 320, 32, True, torch.float16, 100),
     "long_blocks_rank_256": (48, 1024, 1024, True, torch.bfloat16, 256),
 }
@@ -83,13 +84,15 @@ def test_dequantize_merge_is_no_worse_than_the_unfused_path(size) -> None:
 
 
 MISTAKES = {
-    "not_scaled": ("_merge", "out += scaling * _update", "out += _update"),
+    "not_scaled": ("_merge", "out + scaling * acc", "out + acc"),
+    "not_scaled_before": ("_merge", "b = b.to(tl.float32) * scaling", "b = b.to(tl.float32)"),
+    "folded_though_inexact": ("_merge", "[0]) == 0.5 and", "[0]) > 0 and"),
     "rank_of_the_next_step": (
         "_merge",
         "mask=(offs_r < rank)[:, None]",
-        "mask=(offs_r < STEP)[:, None]",
+        "mask=(offs_r < 64)[:, None]",
     ),
-    "columns": ("_merge", "offs_k = tile * 64", "offs_k = first_tile * 64"),
+    "columns": ("_merge", "+ u, K // 64 - 1) * 64", ", K // 64 - 1) * 64"),
     "last_tile": ("_merge", "first_tile + u, K // 64 - 1", "first_tile + u, K // 64"),
     "rows_not_masked": ("_merge", "row_tiles = tl.minimum(", "row_tiles = tl.maximum("),
 }

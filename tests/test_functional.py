@@ -9,6 +9,7 @@ import torch
 
 import nf4
 from nf4.ops import registry
+from nf4.tools import streams
 
 W = torch.randn(8, 64)
 Q = nf4.quantize(W)
@@ -379,7 +380,8 @@ def test_operators_run_on_the_device_of_their_tensors(monkeypatch) -> None:
         yield
         entered.append(None)
 
-    module = SimpleNamespace(current_device=lambda: 0, device=enter)
+    module = SimpleNamespace(device=enter)
+    monkeypatch.setattr(streams, "current_gpu", lambda: 0)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     monkeypatch.setattr(
         registry, "implementation", lambda *key: lambda x: computed.append((key, list(entered)))
@@ -390,3 +392,15 @@ def test_operators_run_on_the_device_of_their_tensors(monkeypatch) -> None:
     key = ("dequantize", "cuda")
     assert computed == [(key, []), (key, [second.device])]
     assert entered == [second.device, None]
+
+
+def test_results_of_any_shape_may_be_written_to_in_place() -> None:
+    """They are no views to autograd, which would refuse it."""
+    q = nf4.quantize(torch.randn(48, 64))
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(48, 4, requires_grad=True)
+    for x in (torch.randn(2, 3, 64), torch.randn(64), torch.randn(0, 3, 64)):
+        x.requires_grad_()
+        for y in (nf4.linear(x, q), nf4.lora_linear(x, q, a, b)):
+            assert y.shape == (*x.shape[:-1], 48)
+            y.mul_(2).sum().backward()
+        assert x.grad.shape == x.shape

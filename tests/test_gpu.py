@@ -11,6 +11,8 @@ from nf4.error import exact
 from nf4.gpu import linear as gpu_linear
 from nf4.gpu import lora_linear as gpu_lora_linear
 from nf4.gpu import plan as gpu_plan
+from nf4.gpu import tune
+from nf4.kernels import _measured
 from nf4.ops import operators, registry
 from nf4.reference.dropout_mask import dropout_mask
 from nf4.tools import scratch
@@ -39,7 +41,8 @@ def choose(monkeypatch, kernel: str) -> None:
 # rows of x, N, K, block size, rank, dropout, dtype, layout, kernel (None: what the plan says)
 CASES = {
     "decoding": (3, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", None),
-    "middle": (40, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", None),
+    "middle": (40, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", "matmul"),
+    "one_row": (1, 96, 256, 64, 8, 0.0, torch.bfloat16, "fragments", None),
     "merged": (40, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", "dequantize"),
     "dropout": (40, 96, 128, 32, 8, 0.3, torch.bfloat16, "fragments", "dequantize"),
     "dropout_fused": (40, 96, 128, 64, 8, 0.3, torch.float16, "fragments", "matmul"),
@@ -51,12 +54,14 @@ CASES = {
     "fp32": (9, 48, 128, 64, 4, 0.2, torch.float32, "fragments", None),
 }
 LAUNCHES = {
-    "decoding": "lora_down matmul_small lora_grad lora_grad merge",
-    "middle": "lora_down matmul lora_grad lora_grad merge",
-    "merged": "lora_down merge lora_grad lora_grad merge",
-    "dropout": "lora_down merge lora_up lora_grad lora_grad merge lora_up",
-    "dropout_fused": "lora_down matmul lora_grad lora_grad merge lora_up",
-    "rows": "lora_down dequantize lora_up lora_grad lora_grad dequantize lora_up",
+    "decoding": "lora_down matmul_small lora_grad add_parts lora_grad add_parts merge",
+    "one_row": "lora_down matmul_row lora_grad add_parts lora_grad add_parts merge",
+    "middle": "lora_down matmul lora_grad add_parts lora_grad add_parts merge",
+    "merged": "lora_down merge lora_grad add_parts lora_grad add_parts merge",
+    "dropout": "lora_down merge lora_up lora_grad add_parts lora_grad add_parts merge lora_up",
+    "dropout_fused": "lora_down matmul lora_grad add_parts lora_grad add_parts merge lora_up",
+    "rows": "lora_down dequantize lora_up lora_grad add_parts lora_grad add_parts dequantize "
+    "lora_up",
 }
 
 
@@ -178,8 +183,8 @@ def test_gpu_lora_linear_computes_only_the_gradients_asked_for(wanted, gpu, monk
     assert [name for name, v in made.items() if v.grad is not None] == [wanted]
     expected = {
         "x": ["merge_kernel"],
-        "a": ["_lora_grad_kernel"],
-        "b": ["_lora_grad_kernel"],
+        "a": ["_lora_grad_kernel", "_add_parts_kernel"],
+        "b": ["_lora_grad_kernel", "_add_parts_kernel"],
         "bias": [],
     }
     assert gpu.launches == expected[wanted]
@@ -240,35 +245,50 @@ def test_gpu_scratch_grows_and_keeps_zeros(emulate) -> None:
     scratch.release_scratch()
 
 
-def test_gpu_plan_follows_its_table(emulate) -> None:
+def test_gpu_plan_follows_its_table(emulate, monkeypatch, tmp_path) -> None:
     cpu = torch.device("cpu")
 
-    def kernel(m, dtype=torch.bfloat16, layout="fragments", block_size=64):
-        return gpu_plan.plan(m, 4096, 4096, dtype, layout, block_size, cpu).kernel
+    def kernel(
+        m,
+        n=4096,
+        k=4096,
+        dtype=torch.bfloat16,
+        layout="fragments",
+        block_size=64,
+        double_quant=True,
+    ):
+        return gpu_plan.plan(m, n, k, dtype, layout, block_size, double_quant, cpu).kernel
 
-    assert [kernel(m) for m in (1, 16, 17, 256)] == ["matmul_small"] * 2 + ["matmul"] * 2
-    assert kernel(16384) == "dequantize"
+    found = [kernel(m) for m in (1, 3, 16, 64, 128, 129)]
+    assert found == ["matmul_row"] + ["matmul_small"] * 3 + ["matmul", "dequantize"]
+    assert kernel(128, 14336) == "matmul_small"
+    assert kernel(256, 4096, 14336) == "matmul"
     assert kernel(1, block_size=32) == "matmul"
+    assert kernel(1, double_quant=False) == "matmul_small"
     assert kernel(1, layout="rows") == kernel(1, dtype=torch.float32) == "dequantize"
+    assert gpu_plan.fused_limit(4000, 14000, 64, cpu) == (256, "measured on W 4096×14336")
+    monkeypatch.setattr(_measured, "FOLDER", tmp_path)
+    tune.forget()
     limits = [gpu_plan.fused_limit(n, 4096, 64, cpu) for n in (1024, 4096, 14336)]
-    assert all(64 <= limit <= 8192 and source == "modelled" for limit, source in limits)
+    tune.forget()
+    assert all(16 <= limit <= 512 and source == "modelled" for limit, source in limits)
 
 
 def test_gpu_explain_says_what_runs(gpu) -> None:
     f = nf4.to_fragments(nf4.quantize(torch.randn(64, 128).bfloat16()))
     told = nf4.explain((5, 128), f)
     assert told.kernel == "matmul_small" and 0 < told.modelled_seconds < 1e-4
-    assert str(told).startswith("matmul_small: 5 rows are at most 16; modelled: ")
+    assert str(told).startswith("matmul_small: 5 rows are at most 64; modelled: ")
     assert nf4.explain((5, 128), f, torch.float32).reason == "x is torch.float32, not 16 bits wide"
 
 
-@pytest.mark.parametrize("kernel", ["matmul_small", "matmul", "dequantize"])
+@pytest.mark.parametrize("kernel", ["matmul_row", "matmul_small", "matmul", "dequantize"])
 def test_gpu_scales_outputs_in_the_product_s_own_launch(kernel, gpu, monkeypatch) -> None:
     """In evaluation; in training the product is kept unscaled, for the factor's gradient."""
     choose(monkeypatch, kernel)
-    rows = 7 if kernel == "matmul_small" else 40
-    q = nf4.to_fragments(nf4.quantize(torch.randn(96, 128)))
-    x, bias, factor = torch.randn(rows, 128).bfloat16(), torch.randn(96), torch.randn(2, 96).T[:, 0]
+    rows = {"matmul_row": 2, "matmul_small": 7}.get(kernel, 40)
+    q = nf4.to_fragments(nf4.quantize(torch.randn(96, 256)))
+    x, bias, factor = torch.randn(rows, 256).bfloat16(), torch.randn(96), torch.randn(2, 96).T[:, 0]
     gpu.launches.clear()
     y = nf4.linear(x, q, bias, output_factor=factor)
     assert len(gpu.launches) == 1

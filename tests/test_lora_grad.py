@@ -8,20 +8,22 @@ from nf4.error import exact
 from nf4.reference import lora_grad as reference
 from nf4.tools.cost import Device
 
-# m, columns, rank, with w and sums, dropout, dtype
+# m, columns, rank, with w and sums, dropout, dtype, transposed (False if none)
 CASES = {
     "both": (70, 192, 16, True, 0.0, torch.bfloat16),
     "across_only": (130, 300, 5, False, 0.0, torch.float16),
     "dropout": (66, 200, 16, False, 0.3, torch.bfloat16),
     "rank_64": (200, 136, 64, True, 0.0, torch.bfloat16),
+    "transposed": (70, 200, 5, False, 0.0, torch.bfloat16, True),
     "no_rows": (0, 64, 16, True, 0.0, torch.bfloat16),
 }
 
 
-def arguments(m, c, r, both, p, dtype):
+def arguments(m, c, r, both, p, dtype, transposed=False):
     w = torch.randn(c, r) if both else None
     seed = torch.tensor(99) if p else None
-    return torch.randn(m, c).to(dtype), torch.randn(m, r).to(dtype), w, 0.5, both, p, seed
+    z, v = torch.randn(m, c).to(dtype), torch.randn(m, r).to(dtype)
+    return z, v, w, 0.5, both, p, seed, transposed
 
 
 def check(kernel, args) -> None:
@@ -54,9 +56,9 @@ def test_lora_grad_ptx_matches_reference(case, emulate) -> None:
         assert torch.equal(first, again)
 
 
-def one_multiprocessor(monkeypatch, kernel) -> None:
+def few_multiprocessors(monkeypatch, kernel) -> None:
     """Let the kernel cut its work for a small GPU: a few long chunks of rows."""
-    device = Device("small", 1e12, 1e14, 1, 1e9)
+    device = Device("small", 1e12, 1e14, 4, 1e9)
     monkeypatch.setattr(kernel, "device_of", lambda device_: device)
 
 
@@ -64,7 +66,7 @@ def one_multiprocessor(monkeypatch, kernel) -> None:
 def test_lora_grad_ptx_of_long_chunks(emulate, monkeypatch) -> None:
     from nf4.kernels import lora_grad as kernel
 
-    one_multiprocessor(monkeypatch, kernel)
+    few_multiprocessors(monkeypatch, kernel)
     check(kernel, arguments(300, 300, 16, True, 0.0, torch.bfloat16))
 
 
@@ -74,7 +76,9 @@ MISTAKES = {
     "strip": ("lora_grad", "row = strip.to(tl.int64) * M", "row = strip.to(tl.int64) * 0"),
     "sums_of_the_last_step": ("lora_grad", "sums += tl.sum(z", "sums = tl.sum(z"),
     "dropout_of_another_strip": ("lora_grad", "columns = strip * BLOCK_C", "columns = strip * 0"),
-    "factor": ("lora_grad", "factor = scaling / (1 - dropout_p)", "factor = scaling"),
+    "factor": ("lora_grad", "scaling / (1 - dropout_p)", "float(scaling)"),
+    "parts_of_a_chunk": ("lora_grad", "across_ptr, C * rank, chunks,", "across_ptr, C * rank, 1,"),
+    "parts_added_too_late": ("lora_grad", "first_sums = first_along + _", "first_sums = 0 * _"),
 }
 
 
@@ -86,7 +90,7 @@ def test_lora_grad_ptx_of_a_wrong_kernel_is_noticed(
     from mutants import is_noticed, mutant
 
     wrong = mutant("lora_grad", *mistake, tmp_path)
-    one_multiprocessor(monkeypatch, wrong)
+    few_multiprocessors(monkeypatch, wrong)
     both, dropout = (True, 0.0, torch.bfloat16), (False, 0.3, torch.bfloat16)
     cases = [*CASES.values(), (300, 300, 16, *both), (300, 600, 16, *dropout)]
     assert is_noticed(check, ((wrong, arguments(*case)) for case in cases))

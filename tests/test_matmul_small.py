@@ -15,6 +15,7 @@ CASES = {
     "long_blocks": (2, 64, 1024, 1024, True, torch.bfloat16, 0, True),
     "factor": (7, 80, 512, 64, True, torch.float16, 0, True, 1.0, True),
     "rank_100": (3, 32, 128, 128, True, torch.float16, 100, False),
+    "many_rows": (100, 80, 768, 64, True, torch.bfloat16, 16, True),
 }
 
 
@@ -44,17 +45,21 @@ def use(monkeypatch, kernel, config: MatmulConfig) -> None:
     monkeypatch.setattr(kernel, "matmul_small_config", lambda *sizes: config)
 
 
+def tile(m: int) -> MatmulConfig:
+    return next(config for config in MATMUL_SMALL if m <= config.block_m)
+
+
 @pytest.mark.parametrize(("case", "emulate"), on_gpus(CASES), indirect=["emulate"])
 def test_matmul_small_ptx_matches_reference(case, emulate, monkeypatch) -> None:
     from nf4.kernels import matmul_small as kernel
 
-    use(monkeypatch, kernel, MATMUL_SMALL[1])
+    use(monkeypatch, kernel, tile(CASES[case][0]))
     check(kernel, make_product(*CASES[case]))
     assert emulate.launches == ["_matmul_small_kernel"]
 
 
 @pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
-@pytest.mark.parametrize("config", MATMUL_SMALL, ids=lambda c: f"{c.block_n}")
+@pytest.mark.parametrize("config", MATMUL_SMALL, ids=lambda c: f"{c.block_m}")
 @pytest.mark.parametrize("split_k", [2, 3])
 def test_matmul_small_ptx_of_every_tile_in_parts(config, split_k, emulate, monkeypatch) -> None:
     from nf4.kernels import matmul_small as kernel
@@ -72,7 +77,7 @@ def test_matmul_small_ptx_decodes_every_byte(dtype, emulate, monkeypatch) -> Non
     from nf4.codebook import NF4_LEVELS
     from nf4.kernels import matmul_small as kernel
 
-    use(monkeypatch, kernel, MATMUL_SMALL[1])
+    use(monkeypatch, kernel, MATMUL_SMALL[0])
     packed = torch.arange(64 * 32).remainder(256).to(torch.uint8).view(64, 32)
     q = nf4.NF4Tensor(packed, torch.ones(64), torch.Size([64, 64]), dtype)
     f = nf4.to_fragments(q)
@@ -87,9 +92,11 @@ MISTAKES = {
     "nibble_by_shuffle": ("_levels16", "8 * pair + 4 * e", "8 * pair + 4 * (1 - e)"),
     "nibble_by_prmt": ("_levels16", "0x5140", "0x1504"),
     "upper_levels": ("_levels16", "0x44444444, 0x32103210", "0x44444444, 0x76543210"),
-    "scale_of_another_block": ("matmul_small", "tile * 64 // BLOCK_SIZE, N", "tile * 0, N"),
-    "x_of_another_tile": ("matmul_small", "x_ptrs + tile * 64", "x_ptrs + step * 64"),
-    "rows_beyond_m": ("matmul_small", "(tl.arange(0, 16) < M)", "(tl.arange(0, 16) < M - 1)"),
+    "scale_of_another_block": ("matmul_small", "tile * 64 // BLOCK_SIZE, K", "tile * 0, K"),
+    "scale_of_another_group": ("matmul_small", "tl.minimum(step + 1 + AHEAD, last)", "step"),
+    "scale_of_a_group_s_first": ("_fragments", "codes >> (8 * i)", "codes >> (8 * 0)"),
+    "x_of_another_tile": ("matmul_small", "x_ptrs + step * 256 + u * 64", "x_ptrs + u * 64"),
+    "rows_beyond_m": ("matmul_small", "(tl.arange(0, BLOCK_M) < M)", "(tl.arange(0, 16) < M - 1)"),
     "not_summed": (
         "matmul_small",
         "scale[:, None], acc.shape), acc)",
@@ -106,6 +113,9 @@ def test_matmul_small_ptx_of_a_wrong_kernel_is_noticed(
     from mutants import is_noticed, mutant
 
     wrong = mutant("matmul_small", *mistake, tmp_path)
-    use(monkeypatch, wrong, MatmulConfig(**{**vars(MATMUL_SMALL[1]), "split_k": 2}))
-    cases = [(7, 128, 512, 64, True, torch.bfloat16, 16, True)]
+    use(monkeypatch, wrong, MatmulConfig(**{**vars(MATMUL_SMALL[0]), "split_k": 2}))
+    cases = [
+        (7, 128, 1536, 64, True, torch.bfloat16, 16, True),
+        (7, 64, 384, 64, True, torch.bfloat16, 0, False),
+    ]
     assert is_noticed(check, ((wrong, make_product(*case)) for case in cases))

@@ -6,7 +6,14 @@ import torch
 import nf4
 from nf4.reference.repack import repack
 
-SHAPES = [(16, 64, 64), (48, 192, 64), (32, 64, 32), (16, 4096, 4096), (96, 640, 128)]
+SHAPES = [
+    (32, 576, 64),
+    (16, 64, 64),
+    (48, 192, 64),
+    (32, 64, 32),
+    (16, 4096, 4096),
+    (96, 640, 128),
+]
 
 
 def parts(n: int, k: int, block_size: int, double_quant: bool = True) -> nf4.NF4Tensor:
@@ -28,6 +35,16 @@ def test_repack_puts_every_code_where_the_formula_says() -> None:
         k = 64 * column_tile + 32 * h + 16 * j + 8 * c + 2 * t + e
         assert word >> 4 * (4 * j + 2 * c + e) & 15 == codes(q)[n, k]
     assert torch.equal(f.absmax.view(2, 32), q.absmax.view(32, 2).T)
+
+
+def test_repack_puts_four_scales_of_a_row_beside_each_other() -> None:
+    q = parts(32, 576, 64)  # nine columns of blocks: two groups, and one left over
+    f = nf4.to_fragments(q)
+    rows = q.absmax.view(32, 9)
+    for group in (0, 1):
+        own = f.absmax[128 * group : 128 * group + 128].view(32, 4)
+        assert torch.equal(own, rows[:, 4 * group : 4 * group + 4])
+    assert torch.equal(f.absmax[256:], rows[:, 8])
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

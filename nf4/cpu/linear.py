@@ -9,7 +9,6 @@ A slab of W is dequantized into at most 12 MB, multiplied, and overwritten later
 to fp32 goes some rows at a time: beyond inputs and outputs memory stays below 64 MiB.
 """
 
-import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,6 +28,7 @@ from nf4.cpu.dequantize import (
     in_rows,
 )
 from nf4.reference.linear import accumulator
+from nf4.tools.rows import as_rows, unflattened
 from nf4.tools.scratch import scratch
 
 # Bytes: within the last cache of a server's CPU, and few. Each product of a slab wakes PyTorch's
@@ -207,14 +207,14 @@ def linear(
     if factor is not None:
         parts_of_w = (packed, absmax, absmax2, offset)
         return linear(x, *parts_of_w, bias, out_features, block_size, layout).mul_(factor)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    rows = as_rows(x)
     m, k = rows.shape
     shape, how = (out_features, k), path(m, k, x.dtype, block_size)
     if how == "few rows":
         packed, absmax = in_rows(packed, absmax, shape, layout)
         scales = absmax, absmax2, offset
         y = few_rows.product(rows, packed, *scales, bias, out_features, block_size)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
+        return unflattened(y, x)
     weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
     if how == "bf16":
         y = new_empty((m, out_features), x.dtype)
@@ -229,7 +229,7 @@ def linear(
         for part in parts(m, x.dtype, k, out_features):
             wide = product(rows[part], weight, out_features)
             y[part] = wide if bias is None else wide.add_(bias)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], out_features)
+    return unflattened(y, x)
 
 
 def linear_backward(
@@ -243,7 +243,7 @@ def linear_backward(
     layout: str = "rows",
 ) -> Tensor:
     """Return dy @ W; arguments as in nf4/reference/linear.py."""
-    rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
+    rows = as_rows(dy)
     m, n = rows.shape
     weight = as_weight(packed, absmax, absmax2, offset, (n, in_features), block_size, layout)
     if accumulator(dy.dtype) == dy.dtype:

@@ -27,6 +27,7 @@ from nf4.cpu.linear import (
 )
 from nf4.reference.linear import accumulator
 from nf4.reference.lora_linear import add_lora
+from nf4.tools.rows import of_both_rows, of_rows
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -37,6 +38,7 @@ def _scaled(a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None) -> T
     return out.addmm_(a, b, beta=int(bias is not None), alpha=scale)
 
 
+@of_rows
 def lora_linear(
     x: Tensor,
     packed: Tensor,
@@ -75,6 +77,7 @@ def lora_linear(
     return y, t
 
 
+@of_both_rows
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,

@@ -156,13 +156,15 @@ def lora_grad(
     need_sums: bool,
     dropout_p: float,
     seed: Tensor | None,
+    transposed: bool = False,
 ) -> tuple[Exact, Exact | None, Exact | None]:
     """Return what nf4/reference/lora_grad.py does."""
     wide, dtype, sums = z.double(), z.dtype, accumulator(z.dtype)
     scaled = scaling / (1 - dropout_p) * drop(wide, dropout_p, seed)
     along = None if w is None else product(scaling * wide, w.to(dtype), dtype, dtype)
     added = column_sums(wide, sums, dtype) if need_sums else None
-    return product(scaled.T, v, sums, dtype), along, added
+    across = product(v.T, scaled, sums, dtype) if transposed else product(scaled.T, v, sums, dtype)
+    return across, along, added
 
 
 @dataclass(frozen=True, eq=False)

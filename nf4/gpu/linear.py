@@ -1,25 +1,19 @@
 """Multiply by a quantized weight on a GPU: y = x @ W.T + bias, dx = dy @ W."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
 from nf4.gpu.plan import plan
+from nf4.kernels._launch import spoil
 from nf4.kernels.dequantize import dequantize
 from nf4.kernels.matmul import matmul
+from nf4.kernels.matmul_row import matmul_row
 from nf4.kernels.matmul_small import matmul_small
-from nf4.tools.scratch import scratch
+from nf4.tools import scratch
+from nf4.tools.rows import as_rows, unflattened
 
-KERNELS = {"matmul": matmul, "matmul_small": matmul_small}
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """Return x ``[..., K]`` as contiguous ``[M, K]``."""
-    if x.ndim == 2:
-        return x.contiguous()
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).contiguous()
+KERNELS = {"matmul": matmul, "matmul_row": matmul_row, "matmul_small": matmul_small}
 
 
 def contiguous(
@@ -32,8 +26,8 @@ def contiguous(
 
 def dense_scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return scratch memory for a dense weight, good until the next call that wants some."""
-    size = math.prod(shape)
-    return scratch(f"dense weight, {dtype}", size, dtype, device)[:size].view(shape)
+    spoil()  # a library multiplies by it
+    return scratch.matrix(f"dense weight, {dtype}", shape, dtype, device)
 
 
 def dense_weight(
@@ -65,19 +59,19 @@ def linear(
     factor: Tensor | None = None,
 ) -> Tensor:
     """Return x @ W.T + bias, times factor; arguments as in nf4/reference/linear.py."""
-    rows, n = as_rows(x), out_features
+    rows, n = as_rows(x).contiguous(), out_features
     weight = contiguous(packed, absmax, absmax2, offset)
     bias = None if bias is None else bias.contiguous()
     factor = None if factor is None else factor.contiguous()
     m, k = rows.shape
-    kernel = plan(m, n, k, x.dtype, layout, block_size, x.device).kernel
+    kernel = plan(m, n, k, x.dtype, layout, block_size, absmax2 is not None, x.device).kernel
     if kernel in KERNELS:
         y: Tensor = KERNELS[kernel](rows, *weight, bias, None, None, 1.0, n, block_size, factor)
     else:
         w = dense_weight(*weight, (n, k), block_size, layout, x.dtype)
         y = library_linear(rows, w, None if bias is None else bias.to(x.dtype))
         y = y if factor is None else y.mul_(factor)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
+    return unflattened(y, x)
 
 
 def linear_backward(
@@ -94,4 +88,4 @@ def linear_backward(
     shape = (dy.shape[-1], in_features)
     weight = contiguous(packed, absmax, absmax2, offset)
     w = dense_weight(*weight, shape, block_size, layout, dy.dtype)
-    return (as_rows(dy) @ w).view(*dy.shape[:-1], in_features)
+    return dy @ w

@@ -137,12 +137,15 @@ def _tune_shape(
             dense = dense_weight(*weight, (n, k), BLOCK_SIZE, "fragments", x.dtype)
             return library_linear(x, dense)
 
-        ops = ("matmul_small", "matmul") if m <= _configs.SMALL_M else ("matmul",)
+        small = m <= _configs.most_small_rows(n, device)
+        ops = ("matmul_small", "matmul") if small else ("matmul",)
+        times = []
         for op in ops:
             best, seconds = _fastest(op, x, weight, n, clock)
             tiles.append([op, m, n, k, best.block_m, best.block_n, best.split_k, 1e6 * seconds])
+            times.append(seconds)
         if m > _configs.SMALL_M:
-            if seconds >= clock(library):
+            if times[0] >= clock(library):  # of what the plan takes
                 break
             limit = m
     return limit, tiles
@@ -152,7 +155,7 @@ def _fastest(
     op: str, x: Tensor, weight: Weight, n: int, clock: Clock
 ) -> tuple[_configs.MatmulConfig, float]:
     """Return the fastest of the cuts of a kernel that the model likes best, and its time."""
-    args = (x, n, BLOCK_SIZE, *weight, None, None, None, 1.0)
+    args = (x, n, BLOCK_SIZE, *weight, None, None, None, 1.0, None)
     cuts = _configs.ranked(op, x.shape[0], n, x.shape[1], x.device)[:CUTS]
     times = [clock(partial(LAUNCH[op], cut, *args)) for cut in cuts]
     best = min(range(len(cuts)), key=times.__getitem__)

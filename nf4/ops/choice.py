@@ -23,7 +23,8 @@ class Explanation:
     """What `explain` says.
 
     Attributes:
-        kernel: what runs: "matmul_small", "matmul" or "dequantize" on a GPU, else the function.
+        kernel: what runs: "matmul_row", "matmul_small", "matmul" or "dequantize" on a GPU, else
+            the function.
         reason: why, in a sentence.
         modelled_seconds: time of the product by nf4/tools/cost.py, not measured; None off a GPU.
     """
@@ -70,7 +71,7 @@ def explain(shape: Sequence[int], q: NF4Tensor, dtype: torch.dtype | None = None
     if package == "nf4.gpu":
         from nf4.gpu.plan import plan
 
-        chosen = plan(m, n, k, dtype, q.layout, q.block_size, q.device)
+        chosen = plan(m, n, k, dtype, q.layout, q.block_size, q.double_quant, q.device)
         return Explanation(chosen.kernel, chosen.reason, chosen.seconds)
     missing = {"cpu": "numba", "cuda": "triton"}.get(kind)
     if package == "nf4.cpu":

@@ -323,21 +323,27 @@ def _lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     lora_A, lora_B, need_t = args[5], args[6], args[10]
-    t = x.new_empty(x.shape[0], lora_A.shape[0]) if need_t else x.new_empty(0)
-    return x.new_empty(x.shape[0], lora_B.shape[0]), t
+    rows = math.prod(x.shape[:-1])
+    t = x.new_empty(rows, lora_A.shape[0]) if need_t else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], lora_B.shape[0]), t
 
 
 def _lora_linear_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    grads = run_without_autocast("lora_linear_backward", dy, *args)
+    grads = _lora_linear_gradients(dy, *args)
     return tuple(dy.new_empty(0) if g is None else g for g in grads)
+
+
+def _lora_linear_gradients(dy: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    grads: tuple[Tensor | None, ...] = run_without_autocast("lora_linear_backward", dy, *args)
+    return grads
 
 
 def _lora_linear_backward_fake(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     lora_A, lora_B, needs = args[6], args[7], args[12]
     acc = accumulator(dy.dtype)
     likes = (
-        ((dy.shape[0], lora_A.shape[1]), dy.dtype),
-        ((dy.shape[1],), acc),
+        ((*dy.shape[:-1], lora_A.shape[1]), dy.dtype),
+        ((dy.shape[-1],), acc),
         (lora_A.shape, acc),
         (lora_B.shape, acc),
     )
@@ -377,7 +383,8 @@ def _lora_linear_autograd(ctx: Any, dy: Tensor, dt: None) -> tuple[Tensor | None
     )
     dtypes = (dy.dtype, ctx.bias_dtype, lora_A.dtype, lora_B.dtype)
     dx, dbias, dA, dB = (
-        g.to(dtype) if need else None for g, dtype, need in zip(grads, dtypes, needs, strict=True)
+        (g if g.dtype == dtype else g.to(dtype)) if need else None
+        for g, dtype, need in zip(grads, dtypes, needs, strict=True)
     )
     return dx, None, None, None, None, dbias, dA, dB, None, None, None, None, None, None
 
@@ -469,6 +476,7 @@ define(
     _lora_linear_backward,
     _lora_linear_backward_fake,
     _no_double_backward,
+    direct=_lora_linear_gradients,
 )
 define(
     "lora_linear",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nf4 import reference
+from nf4.tools import streams
 
 
 def define(
@@ -25,6 +26,7 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     rows: bool = False,
+    direct: Callable[..., Any] | None = None,
 ) -> None:
     """Register an operator ``nf4::name``.
 
@@ -36,6 +38,7 @@ def define(
         backward: its gradient.
         setup_context: what backward keeps.
         rows: whether the first argument may have any number of dimensions before its last.
+        direct: what computes it past the dispatcher, where results may be None.
     """
     qualified = f"nf4::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -50,7 +53,7 @@ def define(
         functional = _functional(operator, backward, setup_context)
     if backward is not None and setup_context is not None:
         eager = _eager(compute, backward, setup_context)
-    _OPERATORS[name] = (compute, eager, operator, functional)
+    _OPERATORS[name] = (direct or compute, eager, operator, functional)
 
 
 def _eager(
@@ -59,13 +62,19 @@ def _eager(
     """Return an operator with its gradient, without PyTorch's dispatcher."""
 
     def forward(ctx: Any, *args: Any) -> Any:
+        ctx.set_materialize_grads(False)  # of what is not differentiable, zeros would be made
+        ctx.inputs = len(args)
         output = compute(*args)
         setup_context(ctx, args, output)
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def gradients(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
+        return (None,) * ctx.inputs if grad is None else backward(ctx, grad, *others)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function: Any = type("NF4", (torch.autograd.Function,), methods)
-    return cast(Callable[..., Any], function.apply)
+    # past what Function.apply does for torch.func, whose tensors never come here
+    return cast(Callable[..., Any], super(torch.autograd.Function, function).apply)
 
 
 def is_transformed() -> bool:
@@ -204,16 +213,21 @@ def run(op: str, like: Tensor, *args: Any) -> Any:
     function = implementation(op, kind)
     if kind == "cpu":
         return function(*args)
-    module = torch.get_device_module(device)
-    if device.index == module.current_device():
+    if kind == "cuda" and device.index == streams.current_gpu():
         return function(*args)
-    with module.device(device):  # kernels are launched on the current device
+    with torch.get_device_module(device).device(
+        device
+    ):  # kernels are launched on the current device
         return function(*args)
 
 
 def run_without_autocast(op: str, x: Tensor, *args: Any) -> Any:
     """Keep autocast out of an operator: its caller has chosen the dtypes already."""
-    if not torch._C._is_any_autocast_enabled():
+    kind = x.device.type
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind):
         return run(op, x, x, *args)
-    with torch.autocast(x.device.type, enabled=False):
+    torch.set_autocast_enabled(kind, False)  # a context manager costs more than a launch
+    try:
         return run(op, x, x, *args)
+    finally:
+        torch.set_autocast_enabled(kind, True)

@@ -20,6 +20,7 @@ def lora_grad(
     need_sums: bool,
     dropout_p: float,
     seed: Tensor | None,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return scaling * drop(z).T @ v / (1 - p), scaling * z @ w, and the sums of the columns of z.
 
@@ -31,6 +32,7 @@ def lora_grad(
         need_sums: whether the sums are wanted.
         dropout_p: probability of dropping an element of z from z.T @ v, in [0, 1).
         seed: int64 ``[]`` of the dropout mask; None for no dropout. No w and no sums with dropout.
+        transposed: whether the first product is wanted as ``[r, C]``.
 
     Returns:
         float32 ``[C, r]``, dtype of z ``[M, r]`` or None, float32 ``[C]`` or None.
@@ -39,4 +41,5 @@ def lora_grad(
     wide = z.to(acc)
     across = scaling * (drop(wide, dropout_p, seed).T @ v.to(acc)) / (1 - dropout_p)
     along = None if w is None else (scaling * (wide @ w.to(z.dtype).to(acc))).to(z.dtype)
+    across = across.T.contiguous() if transposed else across
     return across, along, wide.sum(dim=0) if need_sums else None

@@ -18,8 +18,10 @@ from torch import Tensor
 from nf4.reference.dequantize import dequantize
 from nf4.reference.dropout_mask import drop
 from nf4.reference.linear import accumulator
+from nf4.tools.rows import of_both_rows, of_rows
 
 
+@of_rows
 def lora_linear(
     x: Tensor,
     packed: Tensor,
@@ -39,7 +41,7 @@ def lora_linear(
     """Return y and t.
 
     Args:
-        x: floating ``[M, K]``.
+        x: floating ``[..., K]``, M rows in all.
         packed: uint8, W ``[N, K]`` as in `dequantize`, with its scales.
         absmax: as in `dequantize`.
         absmax2: as in `dequantize`.
@@ -55,7 +57,7 @@ def lora_linear(
         layout: as in `dequantize`.
 
     Returns:
-        y: dtype of x ``[M, N]``.
+        y: dtype of x ``[..., N]``.
         t: dtype of x ``[M, r]``, or empty if it is not wanted.
     """
     acc = accumulator(x.dtype)
@@ -83,6 +85,7 @@ def add_lora(
     return (y if bias is None else y.add_(bias.to(acc))).to(x.dtype), t
 
 
+@of_both_rows
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -103,8 +106,8 @@ def lora_linear_backward(
     """Return the gradients of x, bias, lora_A and lora_B, each None unless asked for.
 
     Args:
-        dy: floating ``[M, N]``.
-        x: dtype of dy ``[M, K]``; None unless lora_A needs its gradient.
+        dy: floating ``[..., N]``, M rows in all.
+        x: dtype of dy ``[..., K]``; None unless lora_A needs its gradient.
         t: dtype of dy ``[M, r]`` from forward; None unless lora_B needs its gradient.
         packed: as in forward, with its scales.
         absmax: as in forward.
@@ -120,7 +123,7 @@ def lora_linear_backward(
         layout: as in forward.
 
     Returns:
-        dx: dtype of dy ``[M, K]``.
+        dx: dtype of dy ``[..., K]``.
         dbias: fp32 (fp64 for fp64) ``[N]``.
         dA: fp32 (fp64 for fp64) ``[r, K]``.
         dB: fp32 (fp64 for fp64) ``[N, r]``.

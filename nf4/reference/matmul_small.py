@@ -31,12 +31,34 @@ def matmul_small(
     factor: Tensor | None = None,
 ) -> Tensor:
     """Return y; arguments and result as of nf4/reference/matmul.py."""
+    weight = (packed, absmax, absmax2, offset)
+    return matmul_by_levels(
+        x.dtype, x, *weight, bias, t, lora_B, scaling, out_features, block_size, factor
+    )
+
+
+def matmul_by_levels(
+    of: torch.dtype,
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    t: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    out_features: int,
+    block_size: int,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """Return y by levels that are rounded to a dtype."""
     n, k = out_features, x.shape[1]
     packed, absmax = repack(packed, absmax, n, k, "rows")
     if absmax2 is not None and offset is not None:
         absmax = dequantize_absmax(absmax, absmax2, offset)
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).view(n, -1, block_size).int()
-    levels = nf4_levels(x.device).to(x.dtype).float()[codes]
+    levels = nf4_levels(x.device).to(of).float()[codes]
     sums = torch.einsum("mbk,nbk->mnb", x.float().view(len(x), -1, block_size), levels)
     y = (sums * absmax.view(n, -1)).sum(dim=-1)
     if t is not None and lora_B is not None:

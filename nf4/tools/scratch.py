@@ -4,12 +4,17 @@ What one thread runs on a device's default stream runs in order, so that a buffe
 at once. On other streams, and while a CUDA graph is captured, every call gets memory of its own.
 """
 
+import math
 import threading
 
 import torch
 from torch import Tensor
 
-_buffers: dict[tuple[str, torch.device, int], Tensor] = {}
+from nf4.tools import streams
+
+_Key = tuple[str, torch.device, int]
+_buffers: dict[_Key, Tensor] = {}
+_views: dict[_Key, dict[tuple[int, int], Tensor]] = {}  # of the buffers there are
 
 
 def scratch(purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -29,22 +34,41 @@ def zeros(purpose: str, size: int, dtype: torch.dtype, device: torch.device) -> 
     return _get(purpose, size, dtype, device, zeroed=True)
 
 
+def matrix(
+    purpose: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the first elements of a buffer of `scratch` as a matrix; the same view every time."""
+    size = math.prod(shape)
+    buffer = scratch(purpose, size, dtype, device)
+    key = (purpose, device, threading.get_ident())
+    if _buffers.get(key) is not buffer:  # memory of its own
+        return buffer.view(shape)
+    views = _views.setdefault(key, {})
+    if shape not in views:
+        views[shape] = buffer[:size].view(shape)
+    return views[shape]
+
+
 def release_scratch() -> None:
     """Free all scratch memory that nf4's kernels hold; the next call takes what it needs again."""
     _buffers.clear()
+    _views.clear()
 
 
 def _get(purpose: str, size: int, dtype: torch.dtype, device: torch.device, zeroed: bool) -> Tensor:
     make = torch.zeros if zeroed else torch.empty
-    if device.type == "cuda":
-        current = torch.cuda.current_stream(device)
-        # Other streams come and go, and torch.compile warms CUDA graphs up on one of its own, from
-        # memory that it wants back. The allocator keeps their memory for the next call anyway.
-        if current != torch.cuda.default_stream(device) or torch.cuda.is_current_stream_capturing():
-            return make(size, dtype=dtype, device=device)
+    # Other streams come and go, and torch.compile warms CUDA graphs up on one of its own, from
+    # memory that it wants back. The allocator keeps their memory for the next call anyway.
+    if device.type == "cuda" and not streams.is_default_stream(_index(device)):
+        return make(size, dtype=dtype, device=device)
     key = (purpose, device, threading.get_ident())
     buffer = _buffers.get(key)
     if buffer is None or buffer.numel() < size:
         # Rounded up, so that a few layers of growing sizes do not take a new one each.
+        _views.pop(key, None)
         buffer = _buffers[key] = make(-(-size // 4096) * 4096, dtype=dtype, device=device)
     return buffer
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

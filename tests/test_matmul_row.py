@@ -1,0 +1,85 @@
+"""The product of one to four rows on the plain cores: values, shares of K, mistakes."""
+
+import pytest
+import torch
+from helpers import make_product, on_gpus
+
+from nf4.reference import matmul_row as reference
+
+# m, n, k, block size, double quantization, dtype, rank, bias, scaling, factor
+CASES = {
+    "one_row": (1, 32, 1024, 64, True, torch.bfloat16, 0, False),
+    "uneven_shares": (1, 16, 1792, 64, True, torch.bfloat16, 0, False),
+    "one_group": (3, 32, 256, 64, True, torch.bfloat16, 0, False),
+    "adapter_and_bias": (2, 48, 768, 64, True, torch.bfloat16, 16, True),
+    "four_rows_fp16": (4, 32, 512, 64, True, torch.float16, 3, True),
+    "factor": (1, 48, 512, 64, True, torch.float16, 0, True, 1.0, True),
+    "rank_100": (1, 32, 512, 64, True, torch.bfloat16, 100, False),
+}
+
+
+def check(kernel, product) -> torch.Tensor:
+    """Hold a result to the reference, and to float64."""
+    args = product.arguments()
+    assert kernel.takes(args[0].shape[1], 64)
+    y, expected = kernel.matmul_row(*args), reference.matmul_row(*args)
+    assert y.dtype == expected.dtype and y.shape == expected.shape
+    assert product.exact().share(y) <= 1
+    step = 2**-7 if y.dtype == torch.bfloat16 else 2**-10
+    torch.testing.assert_close(y, expected, rtol=step, atol=1e-3)
+    assert (y != expected).float().mean() < 0.02
+    return y
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matmul_row_kernel_matches_reference(case, device) -> None:
+    from nf4.kernels import matmul_row as kernel
+
+    product = make_product(*case).to(device)
+    y = check(kernel, product)
+    assert torch.equal(y, kernel.matmul_row(*product.arguments()))
+
+
+@pytest.mark.parametrize(("case", "emulate"), on_gpus(CASES), indirect=["emulate"])
+def test_matmul_row_ptx_matches_reference(case, emulate) -> None:
+    from nf4.kernels import matmul_row as kernel
+
+    check(kernel, make_product(*CASES[case]))
+    assert emulate.launches == ["_matmul_row_kernel"]
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+def test_matmul_row_ptx_waits_for_nobody_in_its_loop(emulate, tmp_path) -> None:
+    from nf4.kernels import _aot, _sass
+    from nf4.kernels import matmul_row as kernel
+
+    cubin = tmp_path / "kernel.cubin"
+    for variant in kernel.variants():
+        cubin.write_bytes(_aot.compile_for(variant, "sm_90").asm["cubin"])
+        code = _sass.disassemble(cubin)
+        bodies = [{code[i].base for i in body} for body in _sass.loops(code)]
+        working = [body for body in bodies if "SHFL" in body]
+        assert len(working) == (variant.constants["STEPS"] > 1)
+        assert not any(body & {"BAR", "LDS", "STS"} for body in working)
+
+
+MISTAKES = {
+    "scale_of_another_block": ("codes >> (8 * u)", "codes >> (8 * 0)"),
+    "x_of_another_tile": ("256 * group + 64 * u", "256 * group"),
+    "half": ("32 * h + 2 * t", "16 * h + 2 * t"),
+    "share_with_a_group_more": ("group < end, entry", "group <= end, entry"),
+    "codes_of_this_step_again": ("codes = next_codes", "codes = codes"),
+    "words_of_another_share": ("(first_words + step) * 512", "(first_words * 0 + step) * 512"),
+    "row_of_t": ("t_ptr + m * rank", "t_ptr"),
+    "not_scaled": ("acc += scaling * tl.sum", "acc += tl.sum"),
+}
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_matmul_row_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_path) -> None:
+    from mutants import is_noticed, mutant
+
+    wrong = mutant("matmul_row", "matmul_row", *mistake, tmp_path)
+    assert is_noticed(check, ((wrong, make_product(*case)) for case in CASES.values()))
