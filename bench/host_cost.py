@@ -1,32 +1,38 @@
-"""What calls cost the host: microseconds of Python and PyTorch with kernels that do nothing.
+"""What calls cost the host: microseconds of Python and PyTorch, and what they do in that time.
 
-The launch itself is taken out: `JITFunction.run` returns at once. The operators are made to take
-the kernels' path on CPU tensors. And what comes once: importing nf4, and the first product.
+Without a GPU one is pretended (pretended.py): kernels are compiled and launched, and only the
+driver's own call is missing. On a GPU the driver's call counts too. Beside them what each call
+does: launches, PyTorch's operators, allocations; a step of training for each layer of a stack; and
+what comes once: importing nf4, and the first product.
 
 python bench/host_cost.py
 """
 
 import argparse
+import importlib
+import importlib.util
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+from torch import nn
 
 import nf4
+from nf4.bench import pretended
 from nf4.bench.circumstances import circumstances
 from nf4.bench.markdown import heading, table
-from nf4.ops import registry
 from nf4.tools.paths import write_file
 
-FORMAT = "nf4-host-cost-1"
+FORMAT = "nf4-host-cost-2"
 CALLS = 5000
+LAYERS = 16  # of a stack, so that what a step costs beside them is shared
 # What PyTorch's own product costs the host, a small one in fp32, which no library is asked for
 LINEAR = "torch.nn.functional.linear"
 ONCE = """
@@ -60,20 +66,45 @@ def microseconds(function: Callable[[], Any], calls: int = CALLS) -> float:
 def rows(calls: int = CALLS) -> dict[str, float]:
     """Return each call and its cost in microseconds; needs Triton."""
     timed = functions()
-    with without_launches():
+    with _gpu(), torch.no_grad():
         return {name: microseconds(function, calls) for name, function in timed.items()}
 
 
 def counts() -> dict[str, int]:
     """Return how many functions, of Python and built in, each call enters, once warm."""
     counted = functions()
-    with without_launches():
+    with pretended.pretended_gpu(), torch.no_grad():
         return {name: entered(function) for name, function in counted.items()}
+
+
+def does() -> dict[str, pretended.Counts]:
+    """Return what each call does, and each layer of a stack in a step of training."""
+    counted, stepped = functions(), steps(1)  # made before: what a pretended GPU computes is noise
+    with pretended.pretended_gpu() as driver:
+        with torch.no_grad():
+            found = {name: pretended.counts(f, driver) for name, f in counted.items()}
+        with pretended.always("dequantize"):
+            for name, step in stepped.items():
+                found[name] = pretended.counts(step, driver)
+    return found
+
+
+def layers(calls: int = CALLS // 20) -> dict[str, float]:
+    """Return microseconds of a layer's forward and backward, of stacks of `LAYERS`."""
+    timed = steps(LAYERS)
+    with _gpu(), pretended.always("dequantize"):
+        return {name: microseconds(step, calls) / LAYERS for name, step in timed.items()}
+
+
+def _gpu() -> AbstractContextManager[Any]:
+    """Return what lets calls take a GPU's way: nothing, where there is one."""
+    return nullcontext() if torch.cuda.is_available() else pretended.pretended_gpu()
 
 
 def entered(function: Callable[[], Any]) -> int:
     """Return how many functions a call enters, itself not counted."""
     function()
+    function()  # the first may have prepared its launches
     events: list[str] = []
     sys.setprofile(lambda frame, event, argument: events.append(event))
     try:
@@ -83,31 +114,24 @@ def entered(function: Callable[[], Any]) -> int:
     return sum(event in ("call", "c_call") for event in events) - 2  # function, and setprofile
 
 
-@contextmanager
-def without_launches() -> Iterator[None]:
-    """Let operators on CPU tensors take the kernels' path, and launches return at once."""
-    from triton.runtime.jit import JITFunction
-
-    with (
-        mock.patch.object(JITFunction, "run", lambda kernel, *args, **kwargs: None),
-        mock.patch.dict(registry._FASTER, {"cpu": registry._FASTER["cuda"]}),
-        torch.no_grad(),
-    ):
-        registry.implementation.cache_clear()
-        yield
-    registry.implementation.cache_clear()
-
-
 def functions() -> dict[str, Callable[[], Any]]:
     """Return the calls, small ones, by name."""
-    w = torch.randn(128, 128, dtype=torch.bfloat16)
-    x = torch.randn(1, 128, dtype=torch.bfloat16)
+    device = _device()
+    w = torch.randn(256, 256, dtype=torch.bfloat16, device=device)
+    x = torch.randn(16, 256, dtype=torch.bfloat16, device=device)
+    row = x[:1].clone()
     q = nf4.quantize(w)
     f = nf4.to_fragments(q)
-    a, b = torch.randn(16, 128), torch.randn(128, 16)
-    out, wide = torch.empty_like(w), (x.float(), w.float())
+    frozen = nf4.LinearNF4.from_weight(f)
+    adapted = nf4.QLoRALinear.from_weight(f, r=16)
+    for layer in (frozen, adapted):
+        layer.to_fragments()
+    a, b = torch.randn(16, 256, device=device), torch.randn(256, 16, device=device)
+    # fp32 on a CPU: no library is asked for so small a product
+    wide = (x, w) if device == "cuda" else (row.float(), w.float())
+    out = torch.empty_like(w)
     return {
-        "torch.empty": lambda: torch.empty(128, 128),
+        "torch.empty": lambda: torch.empty(256, 256, device=device),
         LINEAR: lambda: torch.nn.functional.linear(*wide),
         "nf4.quantize, no double quantization": lambda: nf4.quantize(
             w, double_quant=False, check=False
@@ -115,9 +139,62 @@ def functions() -> dict[str, Callable[[], Any]]:
         "nf4.quantize": lambda: nf4.quantize(w, check=False),
         "nf4.dequantize": lambda: nf4.dequantize(q),
         "nf4.dequantize, out=": lambda: nf4.dequantize(q, out=out),
-        "nf4.linear, M = 1": lambda: nf4.linear(x, f),
-        "nf4.lora_linear, M = 1": lambda: nf4.lora_linear(x, f, a, b, 2.0),
+        "nf4.linear, M = 1": lambda: nf4.linear(row, f),
+        "nf4.linear, M = 16": lambda: nf4.linear(x, f),
+        "nf4.lora_linear, M = 1": lambda: nf4.lora_linear(row, f, a, b, 2.0),
+        "LinearNF4, M = 1": lambda: frozen(row),
+        "QLoRALinear, M = 1": lambda: adapted(row),
     }
+
+
+def steps(count: int) -> dict[str, Callable[[], None]]:
+    """Return a step of training for stacks of layers under autocast, by name."""
+    found = {"QLoRALinear, a step": _step(_stack("nf4", count))}
+    if importlib.util.find_spec("peft") is not None:
+        found["PEFT on LinearNF4, a step"] = _step(_stack("nf4 and PEFT", count))
+        found["PEFT on torch.nn.Linear, a step"] = _step(_stack("PEFT", count))
+    return found
+
+
+def _stack(kind: str, count: int) -> nn.Module:
+    """Return layers with adapters of rank 16, small and equal."""
+    made: list[nn.Module] = []
+    for _ in range(count):
+        dense = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16, device=_device())
+        dense.requires_grad_(False)
+        layer: nn.Module = dense
+        if kind == "nf4":
+            layer = nf4.QLoRALinear.from_linear(dense, r=16).to_fragments()
+        elif kind == "nf4 and PEFT":
+            layer = nf4.LinearNF4.from_linear(dense).to_fragments()
+        made.append(layer)
+    stack = nn.Sequential(*made)
+    if "PEFT" in kind:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        importlib.import_module("nf4.integrations.peft")  # makes PEFT know the layers
+        names = [str(i) for i in range(count)]
+        inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=names), stack)
+    return stack.train()
+
+
+def _step(stack: nn.Module) -> Callable[[], None]:
+    device = _device()
+    x, dy = (torch.randn(64, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
+    leaves = [x.requires_grad_(), *[p for p in stack.parameters() if p.requires_grad]]
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        with torch.autocast(device, torch.bfloat16):
+            y = stack(x)
+        y.backward(dy)
+
+    return step
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def once() -> dict[str, float]:
@@ -134,11 +211,19 @@ def once() -> dict[str, float]:
 
 def tables(found: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    calls = [[name, f"{cost:.1f}"] for name, cost in found["calls"].items()]
-    once = [[name, f"{cost:.0f}"] for name, cost in found["once"].items()]
+    cost = {**found["calls"], **found["layers"]}
+    names = ("launches", "operators", "allocations")
+    calls = [
+        [name, f"{us:.1f}", *_counted(found["does"][name], names)] for name, us in cost.items()
+    ]
+    once = [[name, f"{ms:.0f}"] for name, ms in found["once"].items()]
     lines = heading("What calls cost the host", found)
-    lines += [*table(["call", "host µs"], calls), *table(["once", "ms"], once)]
-    return "\n".join(lines)
+    lines += table(["call, or a layer's step", "host µs", *names], calls)
+    return "\n".join([*lines, *table(["once", "ms"], once)])
+
+
+def _counted(one: dict[str, int], names: Sequence[str]) -> list[str]:
+    return [str(one[name]) for name in names]
 
 
 def main() -> None:
@@ -151,6 +236,8 @@ def main() -> None:
         "format": FORMAT,
         **circumstances(device),
         "calls": rows(),
+        "layers": layers(),
+        "does": {name: asdict(one) for name, one in does().items()},
         "once": once(),
     }
     print(tables(found), end="")  # noqa: T201  a benchmark's purpose is its table

@@ -16,7 +16,8 @@ PAGE = FOLDER / "README.md"
 MODULES = {
     "nf4-end-to-end-1": "nf4.bench.end_to_end",
     "nf4-smollm2-1": "nf4.bench.smollm2",
-    "nf4-host-cost-1": "nf4.bench.host_cost",
+    "nf4-host-cost-2": "nf4.bench.host_cost",
+    "nf4-graphs-1": "nf4.bench.graphs",
     "nf4-compare-1": "nf4.commands.comparison.report",
 }
 HEAD = """\

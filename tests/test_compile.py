@@ -95,6 +95,8 @@ def test_model_is_exported_for_inference(strict, base) -> None:
     assert {"nf4.embedding.default", "nf4.lora_linear.default"} <= names
 
 
+# Of torch 2.11's own, when it loads a program
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_exported_layer_takes_any_number_of_rows(tmp_path) -> None:
     layer = nf4.LinearNF4(96, 80)
     rows = torch.export.Dim("rows", min=2)

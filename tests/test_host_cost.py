@@ -15,12 +15,16 @@ from nf4.bench import host_cost
 
 # Functions that a call enters, of Python and built in, once warm: what the host's time is made of,
 # and the same on every machine. A few more than are counted today, for other versions of Python.
+# The checks of `nf4.quantize` and the loops over a launch's arguments are in it.
 BUDGETS = {
-    "nf4.quantize": 62,
-    "nf4.dequantize": 42,
-    "nf4.dequantize, out=": 52,
-    "nf4.linear, M = 1": 60,
-    "nf4.lora_linear, M = 1": 100,
+    "nf4.quantize": 130,
+    "nf4.dequantize": 76,
+    "nf4.dequantize, out=": 86,
+    "nf4.linear, M = 1": 41,
+    "nf4.linear, M = 16": 41,
+    "nf4.lora_linear, M = 1": 60,
+    "LinearNF4, M = 1": 61,
+    "QLoRALinear, M = 1": 98,
 }
 
 
@@ -38,8 +42,7 @@ def test_small_calls_enter_few_functions() -> None:
 
 def test_host_cost_measures_each_call_and_puts_the_operators_back() -> None:
     cost = host_cost.rows(calls=20)
-    assert len(cost) == 8 and all(value > 0 for value in cost.values())
-    assert cost["nf4.linear, M = 1"] > cost["torch.empty"]
+    assert len(cost) == 11 and all(value > 0 for value in cost.values())
     q = nf4.quantize(torch.ones(64))
     assert torch.equal(nf4.dequantize(q), torch.ones(64))
 

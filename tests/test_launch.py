@@ -1,0 +1,317 @@
+"""Launches prepared once, and products replayed: what the driver gets, and when neither is done."""
+
+import copy
+import os
+import pickle
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="nf4's kernels need Triton")
+
+import nf4
+from nf4.bench.pretended import always, counts, pretended_gpu
+from nf4.kernels import _launch
+from nf4.ops import replay
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+)
+
+
+@pytest.fixture
+def driver():
+    with pretended_gpu() as driver:
+        yield driver
+
+
+def fragments(n=32, k=256, double_quant=True) -> nf4.NF4Tensor:
+    """Return a weight in fragments, made before there is a GPU that computes nothing."""
+    return nf4.to_fragments(nf4.quantize(torch.randn(n, k).bfloat16(), double_quant=double_quant))
+
+
+F, FP32_SCALES = fragments(), fragments(double_quant=False)
+ROWS = nf4.quantize(torch.randn(32, 256).bfloat16())
+A, B = torch.randn(8, 256), torch.randn(32, 8)
+X = torch.randn(1, 256).bfloat16()
+MANY = torch.randn(48, 256).bfloat16()
+
+
+def operands(driver) -> list[object]:
+    """Return the last launch's arguments but hooks and handles; tensors by where they lie."""
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in driver.arguments[9:]]
+    return [*driver.arguments[:3], *values]
+
+
+def calls():
+    """Return a call of each kernel, with nothing of its own that would lie elsewhere."""
+    from nf4.kernels import dequantize_merge
+
+    out = torch.empty(32, 256).bfloat16()
+    parts = (F.packed, F.absmax, F.absmax2, F.offset)
+    return {
+        "dequantize": lambda: nf4.dequantize(ROWS, out=out),
+        "dequantize_fragments": lambda: nf4.dequantize(F, out=out),
+        "fp32_scales": lambda: nf4.dequantize(FP32_SCALES, out=out),
+        "merge": lambda: dequantize_merge.dequantize_merge(
+            *parts, A, B, 0.7, 64, torch.bfloat16, out
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["dequantize", "dequantize_fragments", "fp32_scales", "merge"])
+def test_a_prepared_launch_hands_on_what_triton_would(name, driver, monkeypatch) -> None:
+    call = calls()[name]
+    call()  # which may have been prepared by another test
+    asked = []
+    run = _launch.triton.runtime.jit.JITFunction.run
+
+    def by_triton(kernel, *args, **kwargs):
+        asked.append(kernel)
+        return run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(_launch.triton.runtime.jit.JITFunction, "run", by_triton)
+    call()
+    prepared = operands(driver)
+    assert not asked
+    monkeypatch.setattr(_launch, "_is_watched", lambda kernel: True)
+    call()
+    assert len(asked) == 1
+    assert operands(driver) == prepared
+
+
+def test_triton_launches_what_is_unlike_what_it_compiled(driver, monkeypatch) -> None:
+    asked = []
+    ordinary = _launch.Launch._launch
+    monkeypatch.setattr(
+        _launch.Launch, "_launch", lambda self, *a: asked.append(a) or ordinary(self, *a)
+    )
+    wide = torch.empty(32 * 256 + 8).bfloat16()
+    aligned, shifted = wide[: 32 * 256].view(32, 256), wide[1 : 1 + 32 * 256].view(32, 256)
+    nf4.dequantize(ROWS, out=aligned)
+    asked.clear()
+    nf4.dequantize(ROWS, out=aligned)
+    assert not asked
+    nf4.dequantize(ROWS, out=shifted)  # its loads and stores are narrower
+    assert len(asked) == 1
+    nf4.dequantize(ROWS, out=aligned.half())  # another dtype
+    assert len(asked) == 2
+    monkeypatch.setattr(_launch._HOOKS, "launch_enter_hook", lambda metadata: None)
+    nf4.dequantize(ROWS, out=aligned)
+    assert len(asked) == 3
+
+
+def test_few_launches_are_kept_of_ever_new_lengths(driver, monkeypatch) -> None:
+    monkeypatch.setattr(_launch, "_MOST", 3)
+    launch = _launch.Launch(*_form_of_lora_down())
+    from nf4.kernels import lora_down
+
+    monkeypatch.setattr(lora_down, "_form", lambda *sizes: launch)
+    for m in range(1, 8):
+        lora_down.lora_down(MANY[:m], A, 0.0, None)
+    assert 0 < len(launch._prepared) <= 3
+
+
+def _form_of_lora_down():
+    from nf4.kernels import _configs, lora_down
+
+    config = _configs.lora_down_config(4, 256, 8, torch.device("cpu"))
+    form = lora_down._form(config, 64, False)
+    return form.kernel, form.constants, config.num_warps, config.num_stages
+
+
+def linear(x=X, q=F, bias=None):
+    with torch.no_grad():
+        return nf4.linear(x, q, bias)
+
+
+def long_ways(monkeypatch) -> list[str]:
+    """Count the products that are checked, planned and dispatched."""
+    taken = []
+    for name in ("_linear", "_lora_linear"):
+        real = getattr(nf4.functional, name)
+        monkeypatch.setattr(
+            nf4.functional, name, lambda *a, name=name, real=real: taken.append(name) or real(*a)
+        )
+    return taken
+
+
+@pytest.mark.parametrize("m", [1, 2, 16, 48])
+def test_a_product_is_replayed_with_its_own_input_bias_and_result(m, driver, monkeypatch) -> None:
+    q, taken = fragments_of(F), long_ways(monkeypatch)
+    bias = torch.randn(32)
+    linear(MANY[:m], q, bias)
+    assert taken == ["_linear"]
+    x, other = MANY[:m].clone(), bias.clone()
+    y = linear(x, q, other)
+    assert taken == ["_linear"] and y.shape == (m, 32) and y.dtype == x.dtype
+    pointers = driver.arguments[9:]
+    assert {x.data_ptr(), other.data_ptr(), y.data_ptr()} <= set(pointers)
+    assert not {MANY.data_ptr(), bias.data_ptr()} & set(pointers)
+    assert driver.arguments[9 + 1] == q.packed.data_ptr()
+    three = x.view(1, m, 256)
+    linear(three, q, other)
+    assert linear(three, q, other).shape == (1, m, 32) and taken == ["_linear"] * 2
+
+
+def test_an_adapter_s_product_is_replayed(driver, monkeypatch) -> None:
+    q, taken = fragments_of(F), long_ways(monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            a, b = A.clone(), B.clone()
+            nf4.lora_linear(X, q, a, b, 2.0)
+        before = driver.launches
+        nf4.lora_linear(X, q, a, b, 2.0)
+        assert taken == ["_lora_linear"] and driver.launches == before + 2
+        assert b.data_ptr() in driver.arguments
+        nf4.lora_linear(X, q, a, b, 3.0)  # the scaling is an argument of the launch
+        nf4.lora_linear(X, q, a, b, torch.tensor(2.0))
+    assert taken == ["_lora_linear"] * 3
+
+
+def fragments_of(q: nf4.NF4Tensor) -> nf4.NF4Tensor:
+    """Return the same weight as a new object, of which nothing is remembered."""
+    return q.with_parts([part.clone() for part in q.parts()])
+
+
+def test_a_weight_that_lies_elsewhere_is_not_replayed(driver, monkeypatch) -> None:
+    q, taken = fragments_of(F), long_ways(monkeypatch)
+    for _ in range(2):
+        linear(q=q)
+    assert len(taken) == 1
+    for part in ("packed", "absmax", "absmax2", "offset"):
+        getattr(q, part).data = getattr(q, part).clone()
+        linear(q=q)
+        assert driver.arguments[9 + 1] == q.packed.data_ptr()
+    assert len(taken) == 5
+    linear(q=q)
+    assert len(taken) == 5
+
+
+def unlike(name, q):
+    """Call a product in a way that is not to be replayed."""
+    if name == "gradient":
+        nf4.linear(X.clone().requires_grad_(), q)
+    elif name == "bias_of_a_gradient":
+        nf4.linear(X, q, torch.randn(32, requires_grad=True))
+    elif name == "strided":
+        linear(torch.randn(1, 512).bfloat16()[:, ::2], q)
+    elif name == "misaligned":
+        linear(torch.randn(257).bfloat16()[1:].view(1, 256), q)
+    elif name == "negated":
+        linear(torch._neg_view(X), q)
+    elif name == "thread":
+        thread = threading.Thread(target=lambda: linear(q=q))
+        thread.start()
+        thread.join()
+    elif name == "stream":
+        linear(q=q)
+    elif name == "fp32":
+        linear(X.float(), q)
+    elif name == "wrong":
+        with pytest.raises(ValueError, match="x: expected shape"):
+            linear(torch.randn(1, 128).bfloat16(), q)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gradient", "bias_of_a_gradient", "strided", "misaligned", "negated", "thread", "stream"]
+    + ["fp32", "wrong"],
+)
+def test_what_is_unusual_goes_the_long_way(name, driver, monkeypatch) -> None:
+    q, taken = fragments_of(F), long_ways(monkeypatch)
+    for _ in range(2):
+        linear(q=q)
+    assert taken == ["_linear"]
+    if name == "stream":
+        monkeypatch.setattr(replay.streams, "current_stream", lambda device: 7)
+    unlike(name, q)
+    assert len(taken) > 1
+
+
+def test_products_by_a_library_are_not_replayed(driver, monkeypatch) -> None:
+    q, taken = fragments_of(F), long_ways(monkeypatch)
+    with always("dequantize"):
+        for _ in range(3):
+            linear(MANY, q)
+    assert taken == ["_linear"] * 3
+
+
+def test_few_products_are_kept_of_a_weight(driver, monkeypatch) -> None:
+    monkeypatch.setattr(replay, "MOST", 4)
+    q = fragments_of(F)
+    for m in range(1, 12):
+        linear(MANY[:m], q)
+    assert 0 < len(q.__dict__["_replays"]) <= 4
+
+
+def test_copies_and_pickles_forget(driver) -> None:
+    q = fragments_of(F)
+    linear(q=q)
+    assert "_replays" in q.__dict__
+    for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q)), copy.copy(q)):
+        assert "_replays" not in other.__dict__ and torch.equal(other.packed, q.packed)
+        linear(q=other)
+    layer = nf4.LinearNF4.from_weight(q)
+    held = layer.weight
+    assert layer.weight is held
+    twin = copy.deepcopy(layer)
+    assert (
+        "_weight" not in twin.__dict__ and twin.weight.packed.data_ptr() != held.packed.data_ptr()
+    )
+    layer.packed.data = layer.packed.detach().clone()
+    assert layer.weight is not held
+    held = layer.weight
+    layer.half()
+    assert layer.weight.dtype == torch.float16 and layer.weight is not held
+
+
+def test_small_calls_do_little() -> None:
+    """Counts, the same on every machine; issue by issue they may only shrink."""
+    x, out = MANY[:16].clone(), torch.empty(32, 256).bfloat16()
+    with pretended_gpu() as driver, torch.no_grad():
+        for rows in (x[:1], x):
+            found = counts(lambda rows=rows: nf4.linear(rows, F), driver)
+            assert (found.launches, found.operators, found.allocations) == (1, 1, 1)
+            found = counts(lambda rows=rows: nf4.lora_linear(rows, F, A, B, 2.0), driver)
+            assert (found.launches, found.operators, found.allocations) == (2, 1, 1)
+        found = counts(lambda: nf4.dequantize(ROWS, out=out), driver)
+        assert (found.launches, found.allocations) == (1, 0) and found.operators <= 1
+
+
+def test_a_training_step_of_a_layer_does_little() -> None:
+    layer = nf4.QLoRALinear.from_weight(fragments_of(F), r=8).to_fragments()
+    x, dy = torch.randn(48, 256).bfloat16().requires_grad_(), torch.randn(48, 32).bfloat16()
+    leaves = [x, layer.lora_A, layer.lora_B]
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.backward(dy)
+
+    with pretended_gpu() as driver, always("dequantize"):
+        found = counts(step, driver)
+        assert found.launches == 7  # and two products of the library
+        assert found.operators <= 10
+        assert found.allocations <= 5
+        layer.lora_A.requires_grad_(False)
+        x.requires_grad_(False)
+        found = counts(step, driver)
+        assert found.launches == 4  # merge, down; the pass over dy, and what adds it up
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("m", [1, 2, 7, 40])
+def test_replays_compute_what_the_long_way_does(m, monkeypatch) -> None:
+    q = nf4.quantize(torch.randn(96, 512, device="cuda").bfloat16())
+    layer = nf4.QLoRALinear.from_weight(q, torch.randn(96, device="cuda"), r=8)
+    torch.nn.init.normal_(layer.lora_B)
+    xs = [torch.randn(2, m, 512, device="cuda").bfloat16()[0] for _ in range(4)]
+    with torch.no_grad():
+        replayed = [(layer(x), layer.base()(x)) for x in [*xs, *xs]][4:]
+        monkeypatch.setattr(replay, "product", lambda *args: None)
+        for x, (adapted, base) in zip(xs, replayed, strict=True):
+            assert torch.equal(layer(x), adapted) and torch.equal(layer.base()(x), base)
