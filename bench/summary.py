@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nf4.bench import results, smollm2
+from nf4.bench import graphs, results, smollm2
 from nf4.bench.circumstances import FOLDER
 from nf4.bench.markdown import table
 from nf4.bench.render import MODULES
@@ -23,7 +23,7 @@ PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
 
 
 def summary(folder: Path = results.RESULTS) -> str:
-    """Return the tables of speed as Markdown: a weight, and SmolLM2 in bf16, on each device.
+    """Return the tables of speed as Markdown: weights, and SmolLM2 in bf16, on each device.
 
     Raises:
         ValueError: a file of results is broken.
@@ -32,6 +32,8 @@ def summary(folder: Path = results.RESULTS) -> str:
     for data, path in _files(folder):
         if data.get("format") == results.FORMAT:
             lines += _operators(results.from_json(data, str(path)))
+        elif data.get("format") == graphs.FORMAT:
+            lines += graphs.summary(data)
         elif data.get("format") == smollm2.FORMAT and data["dtype"] == "bf16":
             lines += _smollm2(data)
     return "\n".join(lines)
