@@ -327,7 +327,8 @@ def test_peak_memory_on_a_cpu_counts_what_was_held_at_once() -> None:
         del first
         (torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8))
 
-    assert 2 * size <= footprint.cpu_peak(function) <= 2 * size + (1 << 20)
+    # The system counts pages in batches, and the first call makes threads and their memory
+    assert abs(footprint.cpu_peak(function) - 2 * size) < size / 8
     assert footprint.cpu_peak(lambda: None) <= 1 << 20
 
 
