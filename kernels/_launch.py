@@ -167,13 +167,16 @@ class Recorded:
         self.kept = args  # whose memory the values point to
         self.places: list[tuple[int, int]] = []
 
-    def moving(self, pointers: Sequence[int]) -> "Recorded":
-        """Let what lies at some pointers lie elsewhere in later launches; returns the launch."""
+    def moving(self, pointers: Sequence[int], held: Sequence[int]) -> "Recorded":
+        """Let what lies at some pointers lie elsewhere in later launches; returns the launch.
+
+        What lies at those of held is not kept: the caller knows that it lies there still.
+        """
         where = {pointer: i for i, pointer in enumerate(pointers)}
         own = [(i, self.values[i]) for i in self.pointers]
         self.places = [(i, where[pointer]) for i, pointer in own if pointer in where]
-        moves = {i for i, _ in self.places}
-        self.kept = tuple(a for i, a in enumerate(self.kept) if i not in moves)
+        elsewhere = {*pointers, *held}
+        self.kept = tuple(self.kept[i] for i, pointer in own if pointer not in elsewhere)
         return self
 
     def __call__(self, pointers: Sequence[int]) -> bool:

@@ -224,10 +224,21 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
     if torch.compiler.is_compiling():
         _check_parts(q, name)
         return
-    places = _places(q)
-    if places is None or q.__dict__.get("_checked") != places:
+    places, memo = _places(q), memo_of(q)
+    if places is None or memo.get("checked") != places:
         _check_parts(q, name)
-        q.__dict__["_checked"] = places
+        memo["checked"] = places
+
+
+def memo_of(q: NF4Tensor) -> dict[Any, Any]:
+    """Return what is remembered of a tensor: what was checked, and nf4/ops/replay.py's launches.
+
+    A layer makes a tensor a call, and lets all of them share what is remembered.
+    """
+    memo: dict[Any, Any] | None = q.__dict__.get("_memo")
+    if memo is None:
+        memo = q.__dict__["_memo"] = {}
+    return memo
 
 
 def _places(q: NF4Tensor) -> tuple[Any, ...] | None:

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -243,28 +244,52 @@ def test_few_products_are_kept_of_a_weight(driver, monkeypatch) -> None:
     q = fragments_of(F)
     for m in range(1, 12):
         linear(MANY[:m], q)
-    assert 0 < len(q.__dict__["_replays"]) <= 4
+    assert 0 < len(q.__dict__["_memo"]["replays"]) <= 4
 
 
 def test_copies_and_pickles_forget(driver) -> None:
     q = fragments_of(F)
     linear(q=q)
-    assert "_replays" in q.__dict__
+    assert "replays" in q.__dict__["_memo"]
     for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q)), copy.copy(q)):
-        assert "_replays" not in other.__dict__ and torch.equal(other.packed, q.packed)
+        assert "_memo" not in other.__dict__ and torch.equal(other.packed, q.packed)
         linear(q=other)
-    layer = nf4.LinearNF4.from_weight(q)
-    held = layer.weight
-    assert layer.weight is held
-    twin = copy.deepcopy(layer)
-    assert (
-        "_weight" not in twin.__dict__ and twin.weight.packed.data_ptr() != held.packed.data_ptr()
-    )
-    layer.packed.data = layer.packed.detach().clone()
-    assert layer.weight is not held
-    held = layer.weight
-    layer.half()
-    assert layer.weight.dtype == torch.float16 and layer.weight is not held
+
+
+def test_a_layer_remembers_for_its_weight_and_holds_no_memory(driver, monkeypatch) -> None:
+    layer, taken = nf4.LinearNF4.from_weight(fragments_of(F)).to_fragments(), long_ways(monkeypatch)
+    for _ in range(3):
+        linear(q=layer.weight)
+    assert len(taken) == 1
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert "_memo" not in twin.__dict__
+    linear(q=twin.weight)
+    assert len(taken) == 2
+    gone = [weakref.ref(part) for part in (layer.packed, layer.absmax)]
+    layer.packed = torch.nn.Parameter(layer.packed.clone(), requires_grad=False)  # as offloading
+    layer.absmax = torch.nn.Parameter(layer.absmax.clone(), requires_grad=False)
+    assert [part() for part in gone] == [None, None]
+    linear(q=layer.weight)
+    assert len(taken) == 3 and driver.arguments[9 + 1] == layer.packed.data_ptr()
+    for change in (layer.half, layer.to_rows, layer.to_fragments):
+        linear(q=layer.weight)
+        change()
+        assert "_memo" not in layer.__dict__ or "replays" not in layer.__dict__["_memo"]
+
+
+@pytest.mark.parametrize("r", [8, 32])
+def test_a_replay_reads_an_adapter_as_it_is_by_then(r, driver) -> None:
+    """A copy of it in another dtype would be what it was."""
+    q = fragments_of(F)
+    a, b = torch.randn(r, 256), torch.randn(32, r)
+    with torch.no_grad():
+        for _ in range(2):
+            nf4.lora_linear(X, q, a, b, 2.0)
+    (found,) = q.__dict__["_memo"]["replays"].values()
+    read = {value for launch in found.launches for value in launch.values}
+    assert {a.data_ptr(), b.data_ptr()} <= read
+    kept = [t for launch in found.launches for t in launch.kept if isinstance(t, torch.Tensor)]
+    assert not {t.data_ptr() for t in kept} & {t.data_ptr() for t in (a, b, X, *q.tensors())}
 
 
 def test_small_calls_do_little() -> None:

@@ -17,6 +17,7 @@ from torch.nn.functional import linear as library_linear
 
 from nf4.gpu.linear import KERNELS, contiguous, dense_scratch, dense_weight
 from nf4.gpu.plan import has_matrix_kernels, plan
+from nf4.kernels._launch import spoil
 from nf4.kernels.dequantize_merge import dequantize_merge
 from nf4.kernels.lora_down import lora_down
 from nf4.kernels.lora_grad import lora_grad, max_rank
@@ -42,6 +43,7 @@ def _fits(x: Tensor, k: int, r: int, seed: Tensor | None) -> bool:
 
 def _factors(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return A and B as kernels read them: of larger ranks rounded already, half of the bytes."""
+    spoil()
     if lora_A.shape[0] > MOST_RANK_ROUNDED_BY_KERNELS:
         lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     return lora_A.contiguous(), lora_B.contiguous()
@@ -84,7 +86,10 @@ def lora_linear(
         y = x.to(acc) @ w.to(acc).T
         y, t = add_lora(y, x, bias, lora_A, lora_B, scaling, dropout_p, seed)
         return unflattened(y, given), t
-    lora_A, lora_B = _factors(lora_A, lora_B, x.dtype)
+    if kernel in KERNELS:  # which round what they read; a copy would be more than a launch
+        lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
+    else:
+        lora_A, lora_B = _factors(lora_A, lora_B, x.dtype)
     t = lora_down(x, lora_A, dropout_p, seed)
     if kernel in KERNELS and LEAST_SCALING <= abs(scaling) <= GREATEST_SCALING:
         y = KERNELS[kernel](x, *weight, bias, t, lora_B, scaling, n, block_size)

@@ -12,6 +12,7 @@ from nf4.adapters.lora import LoRA, check_lora_options
 from nf4.adapters.term import Adapter, Base, Folded
 from nf4.functional import dequantize, linear, quantize, to_fragments, to_rows
 from nf4.layers.module import QuantizedModule
+from nf4.ops import replay
 from nf4.ops.checks import check_block_size, check_int, check_weight
 from nf4.ops.choice import wants_fragments
 from nf4.tensor import NF4Tensor, check_nf4
@@ -83,6 +84,9 @@ def _as_parameter(tensor: Tensor, dtype: torch.dtype | None = None) -> nn.Parame
     if isinstance(tensor, nn.Parameter) and dtype in (None, tensor.dtype):
         return tensor
     return nn.Parameter(tensor.detach().to(dtype or tensor.dtype))
+
+
+_NOTHING: dict[Any, Any] = {}  # what a layer remembers that was not called yet
 
 
 class LinearNF4(QuantizedModule):
@@ -246,6 +250,13 @@ class LinearNF4(QuantizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ W.T + bias, ``[..., out_features]`` in the dtype of input."""
+        if not torch.compiler.is_compiling():
+            own = self._parameters.get
+            parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"))
+            memo = self.__dict__.get("_memo", _NOTHING)
+            y = replay.again(memo, parts, self.block_size, input, self.bias)
+            if y is not None:
+                return y
         return linear(input, self.weight, self.bias)
 
     def merged_weight(self) -> Tensor:

@@ -42,6 +42,7 @@ class QuantizedModule(nn.Module):
 
     def _hold(self, q: NF4Tensor) -> Self:
         """Hold a weight by its parameters, or new ones: what autograd saved of the old stays."""
+        self.__dict__.pop("_memo", None)
         for name, tensor in zip(PARTS, q.parts(), strict=True):
             if tensor is None:
                 self.register_parameter(name, None)
@@ -63,28 +64,12 @@ class QuantizedModule(nn.Module):
 
     @property
     def weight(self) -> NF4Tensor:
-        """The quantized weight, sharing this module's tensors; the same object while they stay."""
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        if torch.compiler.is_compiling() or transformed:
-            return self._as_tensor()
-        held, own = self.__dict__.get("_weight"), self._parameters
-        parts = tuple(own[name] for name in PARTS)
-        if held is not None and held.is_of(parts, self.dtype):
-            return held.weight  # type: ignore[no-any-return]
-        weight = self._as_tensor()
-        self.__dict__["_weight"] = _Held(weight, parts)
-        return weight
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out of copies and pickles what is made again."""
-        return {name: value for name, value in self.__dict__.items() if name != "_weight"}
-
-    def _as_tensor(self) -> NF4Tensor:
+        """The quantized weight, sharing this module's tensors."""
         packed: Tensor = self.packed
         layout = "rows"
         if packed.dtype == torch.int32:
-            packed, layout = packed.detach().view(torch.uint8), "fragments"
-        return NF4Tensor(
+            packed, layout = packed.view(torch.uint8), "fragments"
+        q = NF4Tensor(
             packed,
             self.absmax,
             self._weight_shape,
@@ -94,9 +79,19 @@ class QuantizedModule(nn.Module):
             self.offset,
             layout,
         )
+        if (
+            not torch.compiler.is_compiling()
+        ):  # the layer remembers: a tensor kept would hold memory
+            q.__dict__["_memo"] = self.__dict__.setdefault("_memo", {})
+        return q
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies and pickles what is remembered of these very tensors."""
+        return {name: value for name, value in self.__dict__.items() if name != "_memo"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the weight with the module, but keep its bytes and fp32 scales as they are."""
+        self.__dict__.pop("_memo", None)
         frozen = {id(getattr(self, name)) for name in PARTS}
 
         def keep_dtype(t: Tensor) -> Tensor:
@@ -197,32 +192,6 @@ class QuantizedModule(nn.Module):
         for name, tensor in zip(PARTS, q.parts(), strict=True):
             if tensor is not None:
                 state_dict[prefix + name] = tensor
-
-
-class _Held:
-    """The weight of a module, and what it was made of."""
-
-    def __init__(self, weight: NF4Tensor, parts: tuple[nn.Parameter | None, ...]) -> None:
-        self.weight, self.parts = weight, parts
-        self.pointer = _pointer(parts[0])
-
-    def is_of(self, parts: tuple[nn.Parameter | None, ...], dtype: torch.dtype) -> bool:
-        """Return whether a module holds these parts still, at the same place in memory."""
-        own = self.parts
-        return (
-            own[0] is parts[0]
-            and own[1] is parts[1]
-            and own[2] is parts[2]
-            and own[3] is parts[3]
-            and self.weight.dtype is dtype
-            and self.pointer is not None
-            and self.pointer == _pointer(parts[0])
-        )
-
-
-def _pointer(packed: Tensor | None) -> int | None:
-    """Return where bytes lie, or None if they lie nowhere: then nothing is kept of them."""
-    return packed.data_ptr() if type(packed) is nn.Parameter else None
 
 
 def name_weights(model: nn.Module) -> None:

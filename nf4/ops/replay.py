@@ -2,8 +2,9 @@
 
 For a few rows and no gradient, checks, dispatch and plans cost the host several times what a launch
 does. What they come to depends on the weight, on sizes and on dtypes: so the launches of a product
-are kept with its weight, and the next product of these sizes only fills in where x, y, bias and
-adapter lie. Whatever is unusual goes the long way: gradients, transforms, tracing, other streams.
+are remembered with its weight, and the next product of these sizes only fills in where x, y, bias
+and adapter lie. Whatever is unusual goes the long way: gradients, transforms, tracing, other
+streams.
 """
 
 import importlib
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nf4.ops import registry
-from nf4.tensor import NF4Tensor
+from nf4.tensor import NF4Tensor, memo_of
 from nf4.tools import streams
 
 MOST = 64  # products kept of one weight
@@ -27,19 +28,14 @@ class Replay:
 
     Attributes:
         weight: where the weight's parts lay.
-        shape: of y.
-        dtype: of y.
+        shape: of y, which has the dtype of x.
         launches: of nf4/kernels/_launch.py.
     """
 
     def __init__(self, q: NF4Tensor, given: tuple[Tensor, ...], y: Tensor, launches: Any) -> None:
-        self.weight, self.shape, self.dtype = _pointers(q), y.shape, y.dtype
+        self.weight, self.shape = _pointers(*q.parts()), y.shape
         moving = [tensor.data_ptr() for tensor in (y, *given)]
-        self.launches = [launch.moving(moving) for launch in launches]
-
-    def is_of(self, q: NF4Tensor) -> bool:
-        """Return whether the weight lies where it lay."""
-        return self.weight == _pointers(q)
+        self.launches = [launch.moving(moving, self.weight) for launch in launches]
 
     def __call__(self, x: Tensor, given: list[Tensor]) -> Tensor | None:
         """Launch again, and return y; None if that cannot be."""
@@ -73,7 +69,63 @@ def product(
     Returns:
         What long returns, or None where it has to be called every time.
     """
-    if type(q) is not NF4Tensor or type(x) is not Tensor:
+    if type(q) is not NF4Tensor:
+        return None
+    found = _key(q.layout, q.block_size, x, others, scaling)
+    if found is None:
+        return None
+    key, given = found
+    known = memo_of(q).setdefault("replays", {})
+    replay = known.get(key, known)
+    if replay is None:
+        return None  # not of launches alone
+    if replay is not known and replay.weight == _pointers(*q.parts()):
+        return replay(x, given)  # type: ignore[no-any-return]
+    y: Tensor
+    y, launches = importlib.import_module("nf4.kernels._launch").recorded(long)
+    if len(known) >= MOST:
+        known.clear()
+    whole = all(part.is_contiguous() for part in q.tensors())
+    usable = launches is not None and whole and type(y) is Tensor and y.is_contiguous()
+    known[key] = Replay(q, (x, *given), y, launches) if usable else None
+    return y
+
+
+def again(
+    memo: dict[Any, Any],
+    parts: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    block_size: int,
+    x: Tensor,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """Return a layer's product if its launches are known, without making a tensor of its weight.
+
+    Args:
+        memo: what the layer remembers, see `nf4.tensor.memo_of`.
+        parts: packed, int32 in fragments, absmax, absmax2 and offset; None where it has none.
+        block_size: of the weight.
+        x: its input.
+        bias: of the layer.
+    """
+    known, (packed, absmax, *others) = memo.get("replays"), parts
+    if not known or packed is None or absmax is None:
+        return None
+    layout = "fragments" if packed.dtype == torch.int32 else "rows"
+    found = _key(layout, block_size, x, (bias,), None)
+    replay = None if found is None else known.get(found[0])
+    if replay is None or replay.weight != _pointers(packed, absmax, *others):
+        return None
+    return replay(x, found[1])  # type: ignore[no-any-return, index]
+
+
+def _key(
+    layout: str, block_size: int, x: Tensor, others: tuple[Tensor | None, ...], scaling: Any
+) -> tuple[tuple[Any, ...], list[Tensor]] | None:
+    """Return what the launches of a product depend on, and the tensors it is given beside x.
+
+    None where the product has to go the long way.
+    """
+    if type(x) is not Tensor:
         return None
     device = streams.gpu_index(x)
     if device < 0 or not x.is_contiguous() or x.is_neg() or _is_unusual(x, device):
@@ -81,7 +133,8 @@ def product(
     grad = torch.is_grad_enabled()
     if grad and x.requires_grad:
         return None
-    key: list[Any] = [x.shape, x.dtype, scaling, threading.get_ident()]
+    # The thread, for scratch memory; layout and block size, for a layer may come to hold others
+    key: list[Any] = [x.shape, x.dtype, scaling, layout, block_size, device, threading.get_ident()]
     given: list[Tensor] = []
     for tensor in others:
         if tensor is None:
@@ -92,20 +145,7 @@ def product(
             return None
         key.append((tensor.dtype, tensor.shape))
         given.append(tensor)
-    known = q.__dict__.setdefault("_replays", {})
-    replay = known.get(tuple(key), known)
-    if replay is None:
-        return None  # not of launches alone
-    if replay is not known and replay.is_of(q):
-        return replay(x, given)  # type: ignore[no-any-return]
-    y: Tensor
-    y, launches = importlib.import_module("nf4.kernels._launch").recorded(long)
-    if len(known) >= MOST:
-        known.clear()
-    whole = all(part.is_contiguous() for part in q.tensors())
-    usable = launches is not None and whole and type(y) is Tensor and y.is_contiguous()
-    known[tuple(key)] = Replay(q, (x, *given), y, launches) if usable else None
-    return y
+    return tuple(key), given
 
 
 def _is_unusual(x: Tensor, device: int) -> bool:
@@ -123,8 +163,9 @@ def _is_unusual(x: Tensor, device: int) -> bool:
     )
 
 
-def _pointers(q: NF4Tensor) -> tuple[int, ...]:
-    absmax2, offset = q.absmax2, q.offset
+def _pointers(
+    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None
+) -> tuple[int, ...]:
     if absmax2 is None or offset is None:
-        return q.packed.data_ptr(), q.absmax.data_ptr()
-    return q.packed.data_ptr(), q.absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
+        return packed.data_ptr(), absmax.data_ptr()
+    return packed.data_ptr(), absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
