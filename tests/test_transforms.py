@@ -54,6 +54,9 @@ def test_lora_linear(q, terms) -> None:
     found = vmap(grad(ours, every), dims)(x, a, b)
     same(found, vmap(grad(dense, every), dims)(x, a, b))
     assert found[1].shape == (5, R, K)
+    assert vmap(lambda x: nf4.lora_linear(x, q, a, b))(x[:0]).shape == (0, N)
+    none = vmap(grad(ours, every), dims)(x[:0], a, b)
+    assert [gradient.shape for gradient in none] == [(0, K), (0, R, K), (0, N, R)]
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "dora"])

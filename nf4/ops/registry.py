@@ -103,12 +103,18 @@ def _batched(
     if rows and batched == [0]:
         return operator(args[0].movedim(in_dims[0], 0), *args[1:]), 0
     found = []
-    for sample in range(info.batch_size):
-        own = {i: args[i].select(in_dims[i], sample) for i in batched}
+    for sample in range(info.batch_size or 1):
+        if info.batch_size:
+            own = {i: args[i].select(in_dims[i], sample) for i in batched}
+        else:  # one of zeros, for the shapes of results
+            shapes = {i: args[i].movedim(in_dims[i], 0).shape[1:] for i in batched}
+            own = {i: args[i].new_zeros(shape) for i, shape in shapes.items()}
         found.append(operator(*(own.get(i, a) for i, a in enumerate(args))))
+    count = info.batch_size
     if isinstance(found[0], Tensor):
-        return torch.stack(found), 0
-    return tuple(torch.stack(parts) for parts in zip(*found, strict=True)), (0,) * len(found[0])
+        return torch.stack(found)[:count], 0
+    stacked = tuple(torch.stack(parts)[:count] for parts in zip(*found, strict=True))
+    return stacked, (0,) * len(stacked)
 
 
 def _functional(

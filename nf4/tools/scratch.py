@@ -50,7 +50,10 @@ def matrix(
 
 
 def release_scratch() -> None:
-    """Free all scratch memory that nf4's kernels hold; the next call takes what it needs again."""
+    """Free the scratch memory that nf4's kernels hold; the next call takes what it needs again.
+
+    A few MB at most stay with weights of which few rows were multiplied, see nf4/ops/replay.py.
+    """
     _buffers.clear()
     _views.clear()
 
