@@ -62,6 +62,8 @@ class Report:
         cycles: model cycles per 32 weights of each pipe, see `_sass`; empty on AMD.
         memory: loads, stores and shuffles by width, such as ``{"LDG.128": 4}``; empty on AMD.
         products: matrix products, and how many of them take W from registers.
+        waits: loads from global memory in the working loop whose address comes of another load of
+            the same turn, see `_sass.waiting_loads`.
         warnings: what ptxas complained of, such as C7515: wgmma made to run one by one.
     """
 
@@ -72,6 +74,7 @@ class Report:
     cycles: Counter[str] = field(default_factory=Counter)
     memory: Counter[str] = field(default_factory=Counter)
     products: tuple[int, int] = (0, 0)
+    waits: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -168,6 +171,7 @@ def _report_nvidia(compiled: Any, variant: Variant, target: str) -> Report:
         Counter(cycles),  # type: ignore[arg-type]
         _sass.memory(work),
         (_sass.tensor_instructions(work), _sass.products_from_registers(work)),
+        _sass.waiting_loads(code)[1],
         tuple(warnings),
     )
 

@@ -98,6 +98,57 @@ def pipe_cycles(code: list[Instruction]) -> Counter[str]:
     return cycles
 
 
+def waiting_loads(code: list[Instruction]) -> tuple[int, int]:
+    """Return the loads from global memory in the loop that works, and how many of them wait.
+
+    A load waits if its address comes of another load of the same turn, shared memory's too: their
+    latencies add up within the turn. Copies to shared memory in the background are not counted.
+    """
+    working = [body for body in loops(code) if any(code[i].base in _WORK for i in body)]
+    body = min(working, key=len, default=[])
+    depth: dict[str, int] = {}
+    loads = waits = 0
+    for i in sorted(body):
+        instruction = code[i]
+        written, read = _registers(instruction)
+        above = max((depth.get(register, 0) for register in read), default=0)
+        if instruction.base in ("LDG", "LD"):
+            loads += 1
+            waits += above > 0
+        if instruction.base in ("LDG", "LD", "LDS", "LDSM", "LDL"):
+            above += 1
+        for register in written:
+            depth[register] = above
+    return loads, waits
+
+
+_WORK = ("HGMMA", "HMMA", "UTCHMMA", "SHFL")
+_REGISTER = re.compile(r"\b(U?R)(\d+)(\.64)?(?!\d)")
+_WRITES_NOTHING = ("ST", "BRA", "BAR", "RED", "EXIT", "LDGSTS", "DEPBAR", "WARP", "MEMBAR", "FENCE")
+
+
+def _registers(instruction: Instruction) -> tuple[list[str], list[str]]:
+    """Return the registers that an instruction writes, and those that it reads."""
+    first, _, others = instruction.operands.partition(",")
+    if re.fullmatch(r"U?P(T|\d)", first.strip()):  # SHFL's predicate comes before its register
+        first, _, others = others.partition(",")
+    width = 1
+    if instruction.base.startswith("LD") or "WIDE" in instruction.opcode:
+        width = {"128": 4, "64": 2}.get(_width(instruction.opcode), 1)
+        width = max(width, 2 if "WIDE" in instruction.opcode else 1)
+    if instruction.base.startswith(_WRITES_NOTHING):
+        first, others, width = "", instruction.operands, 0
+    written = [
+        f"{kind}{int(n) + i}" for kind, n, _ in _REGISTER.findall(first) for i in range(width)
+    ]
+    read = [
+        f"{kind}{int(n) + i}"
+        for kind, n, wide in _REGISTER.findall(others)
+        for i in range(2 if wide else 1)
+    ]
+    return written, read
+
+
 def memory(code: list[Instruction]) -> Counter[str]:
     """Count loads, stores and shuffles by width, such as ``{"LDG.128": 4}``."""
     moving = (i for i in code if i.base.startswith(("LD", "ST", "SHFL", "UTMA", "RED", "ATOM")))
