@@ -81,14 +81,16 @@ def load_codes(
     column,  # of blocks
     columns,  # of blocks, K / block size
     N,
+    WHOLE: tl.constexpr,  # whether columns are whole groups of four
 ):
     """Return the codes of the scales at some rows and one column, and their absmax2.
 
     Of float32 scales it is the scales themselves, twice.
     """
-    grouped = (column // 4 * 4).to(tl.int64) * N + 4 * offs_n + column % 4
-    alone = column.to(tl.int64) * N + offs_n
-    code = tl.load(absmax_ptr + tl.where(column < columns // 4 * 4, grouped, alone))
+    at = (column // 4 * 4).to(tl.int64) * N + 4 * offs_n + column % 4
+    if not WHOLE:
+        at = tl.where(column < columns // 4 * 4, at, column.to(tl.int64) * N + offs_n)
+    code = tl.load(absmax_ptr + at)
     if code.dtype == tl.uint8:
         return code, tl.load(absmax2_ptr + ((offs_n * columns + column) >> 8))
     else:
@@ -108,9 +110,11 @@ def decode_scales(code, map_ptr, offset):
 
 
 @triton.jit
-def load_scales(absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column, columns, N):
+def load_scales(
+    absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column, columns, N, WHOLE: tl.constexpr
+):
     """Return the fp32 scales at some rows and one column; arguments as of `load_codes`."""
-    codes = load_codes(absmax_ptr, absmax2_ptr, offs_n, column, columns, N)
+    codes = load_codes(absmax_ptr, absmax2_ptr, offs_n, column, columns, N, WHOLE)
     return decode_scales(codes, map_ptr, offset)
 
 

@@ -26,6 +26,7 @@ class Prepared(NamedTuple):
     """What Triton compiled for one form of arguments, and how it is run.
 
     Attributes:
+        compiled: what Triton compiled; while it lives, its code stays on the device.
         run: takes grid, stream, function, metadata, hooks and all arguments.
         function: on the device.
         metadata: warps, shared memory.
@@ -33,6 +34,7 @@ class Prepared(NamedTuple):
         tail: the constants, as they stand in the kernel's signature after the arguments.
     """
 
+    compiled: Any
     run: Any
     function: Any
     metadata: Any
@@ -122,6 +124,7 @@ class Launch:
             self._prepared.clear()
         constants = self._constants(args[0])
         self._prepared[key] = prepared = Prepared(
+            compiled,
             compiled.run,
             compiled.function,
             compiled.packed_metadata,
@@ -161,7 +164,7 @@ class Recorded:
         values: list[Any],
         args: tuple[Any, ...],
     ) -> None:
-        self.kernel, self.run = kernel, prepared.run
+        self.kernel, self.prepared, self.run = kernel, prepared, prepared.run
         self.start = (*grid, 0, prepared.function, prepared.metadata, None, None, None)
         self.values, self.pointers = [*values, *prepared.tail], prepared.pointers
         self.kept = args  # whose memory the values point to
@@ -200,13 +203,16 @@ class _Recording:
 
 
 _recording: _Recording | None = None
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
 def recorded(function: Callable[[], Any]) -> tuple[Any, list[Recorded] | None]:
     """Call a function, and return its result and launches; None if it did more than launching."""
     global _recording
     with _lock:
+        if _recording is not None:  # of this thread: what is recorded calls for another product
+            _recording.whole = False
+            return function(), None
         own = _recording = _Recording()
         try:
             result = function()
@@ -216,11 +222,21 @@ def recorded(function: Callable[[], Any]) -> tuple[Any, list[Recorded] | None]:
 
 
 def _record(launch: Recorded) -> None:
-    if _recording is not None and _recording.thread == threading.get_ident():
-        _recording.launches.append(launch)
+    current = _recording
+    if current is not None and current.thread == threading.get_ident():
+        current.launches.append(launch)
 
 
 def spoil() -> None:
     """Say that what is computed now is more than launches."""
-    if _recording is not None and _recording.thread == threading.get_ident():
-        _recording.whole = False
+    current = _recording
+    if current is not None and current.thread == threading.get_ident():
+        current.whole = False
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor that begins at a whole word, as kernels read words: itself, or a copy."""
+    if tensor.data_ptr() % 4 == 0:
+        return tensor
+    spoil()
+    return tensor.clone()

@@ -19,7 +19,7 @@ from ..codebook import absmax_map, nf4_levels
 from ._aot import Variant
 from ._configs import MATRIX, padded_rank
 from ._fragments import as_words, decode_scales, decode_tile, load_codes, load_group, load_map
-from ._launch import Launch
+from ._launch import Launch, aligned
 
 ROWS = 64
 TILES = 4  # of 64 columns a program
@@ -88,7 +88,8 @@ def merge_kernel(
             for half in tl.static_range(HALVES):
                 column = tile * 64 // BLOCK_SIZE + half
                 columns = K // BLOCK_SIZE
-                codes = codes + (load_codes(absmax_ptr, absmax2_ptr, offs_n, column, columns, N),)
+                found = load_codes(absmax_ptr, absmax2_ptr, offs_n, column, columns, N, False)
+                codes = codes + (found,)
         words = words + (tl.load(word_ptrs + tile * 128),)  # [ROWS / 16, 128]
     offset = 0.0
     if absmax_ptr.dtype.element_ty == tl.uint8:
@@ -132,7 +133,8 @@ def write_dense(
     n, k = out.shape
     rank = 0 if lora_A is None else lora_A.shape[0]
     grid = (-(-k // (64 * TILES)), -(-n // ROWS))
-    weight = (packed, absmax, absmax2, offset, absmax_map(out.device), nf4_levels(out.device))
+    tables = (absmax_map(out.device), nf4_levels(out.device))
+    weight = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
     grouped = absmax.dtype == torch.uint8 and block_size == 64 and k % (64 * TILES) == 0
     form = _form(block_size, padded_rank(rank), grouped, _folds(scaling, out.dtype))
     form(grid, *weight, lora_A, lora_B, out, n, k, rank, scaling)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codebook import absmax_map, nf4_levels
 from ..tools.scratch import scratch, zeros
 from ._configs import MatmulConfig, padded_rank
-from ._launch import Launch
+from ._launch import Launch, aligned
 
 
 @triton.jit
@@ -131,8 +131,10 @@ def launch_product(
     unroll = 4 if k % 256 == 0 else 2 if k % 128 == 0 else 1
     grouped = unroll == 4 and block_size == 64 and absmax.dtype == torch.uint8
     ends = (bias is not None, factor is not None)
-    form = _form(kernel, config, block_size, unroll, grouped, padded_rank(rank), *ends)
-    weight = (packed, absmax, absmax2, offset, absmax_map(device), nf4_levels(device))
+    whole = k // block_size % 4 == 0
+    form = _form(kernel, config, block_size, unroll, grouped, whole, padded_rank(rank), *ends)
+    tables = (absmax_map(device), nf4_levels(device))
+    weight = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
     terms = (t, lora_B, bias, factor)
     grid = (tiles, config.split_k)
     form(grid, x, *weight, *terms, y, parts, arrived, m, n, k, rank, scaling)
@@ -145,6 +147,7 @@ def _form(
     block_size: int,
     unroll: int,
     grouped: bool,
+    whole: bool,
     padded: int,
     has_bias: bool,
     has_factor: bool,
@@ -155,6 +158,7 @@ def _form(
         "BLOCK_N": config.block_n,
         "UNROLL": unroll,
         "GROUPED": grouped,
+        "WHOLE": whole,
         "SPLIT_K": config.split_k,
         "RANK": padded,
         "HAS_BIAS": has_bias,

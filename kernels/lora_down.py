@@ -5,6 +5,7 @@ Sums in fp32, t rounded once. Reads 2 bytes an element of x; 2 r flops.
 Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -68,11 +69,13 @@ def _lora_down_kernel(
         tl.store(t_ptrs, t.to(t_ptr.dtype.element_ty), mask=mask)
 
 
-def lora_down(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+def lora_down(
+    x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """Return t; arguments as in nf4/reference/lora_down.py."""
     rank, k = lora_A.shape
-    m = x.numel() // k
-    t = torch.empty(m, rank, dtype=x.dtype, device=x.device)
+    m = math.prod(x.shape[:-1])
+    t = torch.empty(m, rank, dtype=x.dtype, device=x.device) if out is None else out
     if m == 0:
         return t
     config = lora_down_config(m, k, rank, x.device)

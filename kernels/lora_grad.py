@@ -6,6 +6,7 @@ order. Sums in fp32. Reads 2 bytes an element of z; 4 r flops.
 Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -202,7 +203,7 @@ def lora_grad(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the products and sums; arguments as in nf4/reference/lora_grad.py."""
     c, rank, device = z.shape[-1], v.shape[1], z.device
-    m = z.numel() // c
+    m = math.prod(z.shape[:-1])
     has_w = w is not None
     options: dict[str, Any] = {"dtype": torch.float32, "device": device}
     across = torch.empty((rank, c) if transposed else (c, rank), **options)

@@ -52,6 +52,7 @@ def _matmul_kernel(
     rank,
     scaling,
     BLOCK_SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether the blocks of a row are whole groups of four
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # at least 16 a warp
     SPLIT_K: tl.constexpr,
@@ -81,12 +82,12 @@ def _matmul_kernel(
         words = tl.load(word_ptrs + step * 128)  # [BLOCK_N / 16, 128]
         column = step * 64 // BLOCK_SIZE
         scale0 = load_scales(
-            absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column, columns, N
+            absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column, columns, N, WHOLE
         )  # [BLOCK_N]
         scale1 = scale0
         if BLOCK_SIZE == 32:
             scale1 = load_scales(
-                absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column + 1, columns, N
+                absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column + 1, columns, N, WHOLE
             )
         x = tl.load(x_ptrs + step * 64)  # [64, BLOCK_M]
         w = decode_tile(words, scale0, scale1, levels_ptr, BLOCK_N, x_ptr.dtype.element_ty, SHUFFLE)
@@ -160,6 +161,7 @@ def variants() -> list[Variant]:
     ) -> Variant:
         constants = {
             "BLOCK_SIZE": 64,
+            "WHOLE": True,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "SPLIT_K": 1 if config.block_n == 128 else 4,

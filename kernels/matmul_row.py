@@ -19,7 +19,7 @@ from ..codebook import absmax_map, nf4_levels
 from ._aot import Variant
 from ._configs import MMA, WGMMA, padded_rank
 from ._fragments import as_words, decode_words
-from ._launch import Launch
+from ._launch import Launch, aligned
 
 MOST_ROWS = 2  # of four, kernels/matmul_small.py is as fast
 GROUP = 256  # columns of four blocks
@@ -126,6 +126,7 @@ def _matmul_row_kernel(
     M: tl.constexpr,
     SHARES: tl.constexpr,  # of K, one a warp
     STEPS: tl.constexpr,  # groups of 256 columns that a share has at most
+    EVEN: tl.constexpr,  # whether all shares have as many
     RANK: tl.constexpr,  # 0, or rank rounded up to a power of two from 16
     HAS_BIAS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
@@ -150,7 +151,7 @@ def _matmul_row_kernel(
         acc = acc + (tl.zeros([SHARES, 8, 4, 2], tl.float32),)
     codes = _load(code_ptrs + begin.to(tl.int64) * N, SHUFFLE)  # [SHARES, 8, 1, 2]
     for step in tl.range(0, STEPS, num_stages=1):
-        group = begin + step  # of a share that is one short, the next share's: counts for nothing
+        group = begin + step  # of a share that is one short, at last the next share's
         following = tl.minimum(group + 1, groups - 1)
         absmax2 = _load(absmax2_ptr + ((rows * (K // 64) + 4 * group) >> 8), SHUFFLE)
         next_codes = _load(code_ptrs + following.to(tl.int64) * N, SHUFFLE)
@@ -160,13 +161,15 @@ def _matmul_row_kernel(
             words = words + (tl.load(word_ptrs + at),)  # [SHARES, 128]
         for u in tl.static_range(4):
             entry = _load(map_ptr + ((codes >> (8 * u)) & 255), SHUFFLE)
-            scales = scales + (tl.where(group < end, entry * absmax2 + offset, 0.0),)
+            scales = scales + (entry * absmax2 + offset,)
         for u in tl.static_range(4):
             levels = decode_words(words[u].reshape([SHARES, 8, 4, 2, 2]), levels_ptr, SHUFFLE)
             columns = (256 * group + 64 * u)[:, :, :, :, None]
             added = ()
             for m in tl.static_range(M):
                 part = _dot(levels, x_ptrs + (m * K + columns), SHUFFLE)
+                if not EVEN:
+                    part = tl.where(group < end, part, 0.0)
                 added = added + (tl.fma(part, tl.broadcast_to(scales[u], part.shape), acc[m]),)
             acc = added
         codes = next_codes
@@ -215,9 +218,10 @@ def matmul_row(
         return y
     rank = 0 if t is None else t.shape[1]
     form = _form(m, k, padded_rank(rank), bias is not None, factor is not None)
-    weight = (packed, absmax, absmax2, offset, absmax_map(device), nf4_levels(device))
+    tables = (absmax_map(device), nf4_levels(device))
+    weight = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
     terms = (t, lora_B, bias, factor)
-    form((out_features // 16,), x, *weight, *terms, y, out_features, k, rank, scaling)
+    form((out_features // 16,), aligned(x), *weight, *terms, y, out_features, k, rank, scaling)
     return y
 
 
@@ -229,6 +233,7 @@ def _form(m: int, k: int, padded: int, has_bias: bool, has_factor: bool) -> Laun
         "M": m,
         "SHARES": shares,
         "STEPS": -(-groups // shares),
+        "EVEN": groups % shares == 0,
         "RANK": padded,
         "HAS_BIAS": has_bias,
         "HAS_FACTOR": has_factor,

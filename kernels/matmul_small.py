@@ -113,7 +113,7 @@ def _matmul_small_kernel(
                 words = tl.load(word_ptrs + tile * 128)
                 column, columns = tile * 64 // BLOCK_SIZE, K // BLOCK_SIZE
                 scale = load_scales(
-                    absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column, columns, N
+                    absmax_ptr, absmax2_ptr, map_ptr, offset, offs_n, column, columns, N, False
                 )  # [BLOCK_N]
                 x = tl.load(x_ptrs + tile * 64)
                 acc = _product(words, scale, x, acc, levels_ptr, BLOCK_N, SHUFFLE)

@@ -358,13 +358,17 @@ def lora_linear(
 
     Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
     """
-    if not dropout_p and not isinstance(scaling, Tensor):
+    plain = type(scaling) in _NUMBERS and type(dropout_p) in _NUMBERS
+    if plain and dropout_p == 0 and seed is None:
         others = (bias, lora_A, lora_B)
         terms = (x, q, lora_A, lora_B, scaling, bias, 0.0, None)
         y = replay.product(q, x, others, scaling, lambda: _lora_linear(*terms))
         if y is not None:
             return y
     return _lora_linear(x, q, lora_A, lora_B, scaling, bias, dropout_p, seed)
+
+
+_NUMBERS = (int, float)
 
 
 def _lora_linear(

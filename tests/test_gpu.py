@@ -1,5 +1,7 @@
 """What a GPU computes with, put together: run on CPU tensors through the emulated kernels."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import error
@@ -300,3 +302,23 @@ def test_gpu_scales_outputs_in_the_product_s_own_launch(kernel, gpu, monkeypatch
     assert kept.share(z) <= 1
     z.sum().backward()
     assert error(trained.grad, exact.linear(x, q, bias).value.sum(dim=0)) < 0.02
+
+
+def test_gpu_multiplies_by_a_weight_without_columns(gpu) -> None:
+    q = nf4.quantize(torch.randn(8, 0))
+    a, b = torch.randn(4, 0), torch.randn(8, 4)
+    for x in (torch.randn(3, 0), torch.randn(2, 3, 0).bfloat16()):
+        assert torch.equal(nf4.linear(x, q), x.new_zeros(*x.shape[:-1], 8))
+        assert torch.equal(nf4.lora_linear(x, q, a, b), x.new_zeros(*x.shape[:-1], 8))
+
+
+@pytest.mark.parametrize("part", ["packed", "absmax"])
+@pytest.mark.parametrize("m", [1, 7, 40])
+def test_gpu_reads_a_weight_that_begins_in_the_middle_of_a_word(part, m, gpu) -> None:
+    q = nf4.to_fragments(nf4.quantize(torch.randn(32, 256)))
+    old = getattr(q, part)
+    flat = torch.empty(old.numel() + 1, dtype=old.dtype)
+    moved = dataclasses.replace(q, **{part: flat[1:].view(old.shape).copy_(old)})
+    x = torch.randn(m, 256).bfloat16()
+    assert torch.equal(nf4.linear(x, moved), nf4.linear(x, q))
+    assert torch.equal(nf4.dequantize(moved), nf4.dequantize(q))

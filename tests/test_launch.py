@@ -292,6 +292,112 @@ def test_a_replay_reads_an_adapter_as_it_is_by_then(r, driver) -> None:
     assert not {t.data_ptr() for t in kept} & {t.data_ptr() for t in (a, b, X, *q.tensors())}
 
 
+def test_compiled_layers_have_no_graph_breaks_on_a_gpu(driver) -> None:
+    adapted = nf4.QLoRALinear.from_weight(fragments_of(F), r=8).to_fragments()
+    frozen = nf4.LinearNF4.from_weight(fragments_of(F)).to_fragments()
+    for function in (
+        lambda x: nf4.linear(x, F),
+        lambda x: nf4.lora_linear(x, F, A, B, 2.0),
+        frozen,
+        adapted,
+    ):
+        with torch.no_grad():
+            function(X)
+            compiled = torch.compile(function, fullgraph=True, backend="eager")
+            assert compiled(X).shape == (1, 32)
+
+
+def test_views_that_are_to_be_negated_are_not_replayed(driver, monkeypatch) -> None:
+    taken, bias = long_ways(monkeypatch), torch.randn(32)
+    for first, second in ((torch._neg_view(bias), bias), (bias, torch._neg_view(bias))):
+        q = fragments_of(F)
+        taken.clear()
+        linear(X, q, first)
+        linear(X, q, second)
+        assert len(taken) == 2
+
+
+def test_operands_that_lie_at_one_place_are_not_replayed(driver, monkeypatch) -> None:
+    q, taken = fragments_of(F), long_ways(monkeypatch)
+    x = X.clone()
+    for _ in range(2):
+        linear(x, q, x.view(-1)[:32])
+    assert len(taken) == 2
+
+
+def test_scales_that_want_a_gradient_are_refused_though_known(driver) -> None:
+    q = FP32_SCALES.with_parts([None if p is None else p.clone() for p in FP32_SCALES.parts()])
+    layer = nf4.LinearNF4.from_weight(q).to_fragments()
+    for _ in range(2):
+        linear(q=q)
+        with torch.no_grad():
+            layer(X)
+    for scales in (q.absmax, layer.absmax):
+        scales.requires_grad_()
+    for call in (lambda: nf4.linear(X, q), lambda: layer(X)):
+        with pytest.raises(ValueError, match="absmax: expected a tensor that needs no gradient"):
+            call()
+
+
+def test_many_rows_are_not_kept(driver, monkeypatch) -> None:
+    q, taken = fragments_of(F), long_ways(monkeypatch)
+    many = torch.randn(replay.MOST_ROWS + 1, 256).bfloat16()
+    with always("matmul"):
+        for _ in range(2):
+            linear(many, q)
+    assert len(taken) == 2
+
+
+def test_no_more_than_so_many_products_are_kept_of_all(driver, monkeypatch) -> None:
+    q, taken = fragments_of(F), long_ways(monkeypatch)
+    linear(MANY[:4], q)
+    monkeypatch.setattr(replay, "MOST_OF_ALL", len(replay._known))
+    for _ in range(2):
+        linear(MANY[:5], q)
+        linear(MANY[:4], q)
+    assert len(taken) == 3
+
+
+def test_released_scratch_memory_is_held_by_nothing(driver, monkeypatch) -> None:
+    nf4.release_scratch()
+    q, taken = fragments_of(F), long_ways(monkeypatch)
+    with torch.no_grad():
+        for _ in range(2):
+            nf4.lora_linear(MANY[:16], q, A, B, 2.0)
+    held = [weakref.ref(buffer) for buffer in replay.scratch._buffers.values()]
+    assert held and len(taken) == 1
+    nf4.release_scratch()
+    assert [buffer() for buffer in held] == [None] * len(held)
+    with torch.no_grad():
+        nf4.lora_linear(MANY[:16], q, A, B, 2.0)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kernel", ["matmul_small", "dequantize"])
+def test_results_may_be_written_to_in_place_on_a_gpu(bias, kernel, driver) -> None:
+    layer = nf4.QLoRALinear.from_weight(fragments_of(F), torch.randn(32) if bias else None, r=8)
+    layer.to_fragments()
+    x = torch.randn(2, 20, 256).bfloat16().requires_grad_()
+    with always(kernel):
+        y = layer(x)
+        y += 1
+        y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_arguments_are_refused_on_a_gpu_too(driver) -> None:
+    with torch.no_grad():
+        nf4.lora_linear(X, F, A, B, 1.0)
+        for wrong in ([1.0], True, "2"):
+            with pytest.raises(TypeError, match="scaling: expected a number"):
+                nf4.lora_linear(X, F, A, B, wrong)
+        with pytest.raises(TypeError, match="seed: expected an int64 tensor"):
+            nf4.lora_linear(X, F, A, B, 1.0, seed=3)
+        with pytest.raises(TypeError, match="dropout_p: expected a number"):
+            nf4.lora_linear(X, F, A, B, 1.0, dropout_p=None)
+
+
 def test_small_calls_do_little() -> None:
     """Counts, the same on every machine; issue by issue they may only shrink."""
     x, out = MANY[:16].clone(), torch.empty(32, 256).bfloat16()

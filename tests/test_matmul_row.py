@@ -49,6 +49,37 @@ def test_matmul_row_ptx_matches_reference(case, emulate) -> None:
     assert emulate.launches == ["_matmul_row_kernel"]
 
 
+def shifted(tensor: torch.Tensor, by: int) -> torch.Tensor:
+    """Return a tensor that begins so many elements after where memory is aligned."""
+    flat = torch.empty(tensor.numel() + by, dtype=tensor.dtype)
+    return flat[by:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_matmul_row_ptx_of_what_begins_in_the_middle_of_a_word(place, emulate) -> None:
+    from nf4.kernels import matmul_row as kernel
+
+    args = list(make_product(1, 32, 512).arguments())
+    expected = kernel.matmul_row(*args)
+    args[place] = shifted(args[place], 1)
+    assert args[place].data_ptr() % 4
+    assert torch.equal(kernel.matmul_row(*args), expected)
+
+
+@pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
+def test_matmul_row_ptx_keeps_infinities_where_shares_are_uneven(emulate) -> None:
+    from nf4.kernels import matmul_row as kernel
+
+    product = make_product(1, 16, 1792, 64, True, torch.bfloat16, 0, False)
+    args = list(product.arguments())
+    for group in range(7):
+        args[0] = torch.zeros_like(args[0])
+        args[0][0, 256 * group] = float("inf")
+        assert not kernel.matmul_row(*args).isfinite().any()
+        assert torch.equal(kernel.matmul_row(*args).isnan(), reference.matmul_row(*args).isnan())
+
+
 @pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
 def test_matmul_row_ptx_waits_for_nobody_in_its_loop(emulate, tmp_path) -> None:
     from nf4.kernels import _aot, _sass
@@ -68,7 +99,7 @@ MISTAKES = {
     "scale_of_another_block": ("codes >> (8 * u)", "codes >> (8 * 0)"),
     "x_of_another_tile": ("256 * group + 64 * u", "256 * group"),
     "half": ("32 * h + 2 * t", "16 * h + 2 * t"),
-    "share_with_a_group_more": ("group < end, entry", "group <= end, entry"),
+    "share_with_a_group_more": ("group < end, part", "group <= end, part"),
     "codes_of_this_step_again": ("codes = next_codes", "codes = codes"),
     "words_of_another_share": ("(first_words + step) * 512", "(first_words * 0 + step) * 512"),
     "row_of_t": ("t_ptr + m * rank", "t_ptr"),

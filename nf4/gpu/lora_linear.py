@@ -9,6 +9,7 @@ Backward makes u = s * dy @ B, dB and the gradient of bias in one pass over dy, 
 Nothing is computed twice; the dropout mask is made again from its seed.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ from nf4.kernels.lora_grad import lora_grad, max_rank
 from nf4.kernels.lora_up import lora_up
 from nf4.reference.linear import accumulator
 from nf4.reference.lora_linear import add_lora, add_lora_backward
+from nf4.tools import scratch
 from nf4.tools.rows import as_rows, unflattened
 
 MAX_RANK = 256
@@ -68,7 +70,7 @@ def lora_linear(
     """Return y and t; arguments as in nf4/reference/lora_linear.py."""
     x = x.contiguous()
     k, (n, r) = x.shape[-1], lora_B.shape
-    m = x.numel() // k
+    m = math.prod(x.shape[:-1])
     weight = contiguous(packed, absmax, absmax2, offset)
     bias = None if bias is None else bias.contiguous()
     kernel = plan(m, n, k, x.dtype, layout, block_size, absmax2 is not None, x.device).kernel
@@ -78,7 +80,10 @@ def lora_linear(
         t = lora_down(x, lora_A, 0.0, None) if need_t else _NOTHING
         w = dense_scratch((n, k), x.dtype, x.device)
         dequantize_merge(*weight, lora_A, lora_B, scaling, block_size, x.dtype, w)
-        return library_linear(x, w, None if bias is None else bias.to(x.dtype)), t
+        if bias is None:
+            return library_linear(x, w), t
+        # With a bias the library returns a view, which autograd would not let be written to
+        return unflattened(library_linear(as_rows(x), w, bias.to(x.dtype)), x), t
     given, x = x, as_rows(x)
     if not fits:
         acc = accumulator(x.dtype)
@@ -90,7 +95,8 @@ def lora_linear(
         lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     else:
         lora_A, lora_B = _factors(lora_A, lora_B, x.dtype)
-    t = lora_down(x, lora_A, dropout_p, seed)
+    own = None if need_t else scratch.scratch(f"t, {x.dtype}", m * r, x.dtype, x.device)
+    t = lora_down(x, lora_A, dropout_p, seed, None if own is None else own[: m * r].view(m, r))
     if kernel in KERNELS and LEAST_SCALING <= abs(scaling) <= GREATEST_SCALING:
         y = KERNELS[kernel](x, *weight, bias, t, lora_B, scaling, n, block_size)
     else:

@@ -9,6 +9,7 @@ streams.
 
 import importlib
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,12 @@ from torch.autograd import forward_ad
 
 from nf4.ops import registry
 from nf4.tensor import NF4Tensor, memo_of
-from nf4.tools import streams
+from nf4.tools import scratch, streams
 
-MOST = 64  # products kept of one weight
+MOST_ROWS = 64  # beyond which a GPU takes longer than the host
+MOST = 16  # products kept of one weight
+MOST_OF_ALL = 8192  # some 30 MB of the host
+_known: "weakref.WeakSet[Replay]" = weakref.WeakSet()
 
 
 class Replay:
@@ -36,6 +40,11 @@ class Replay:
         self.weight, self.shape = _pointers(*q.parts()), y.shape
         moving = [tensor.data_ptr() for tensor in (y, *given)]
         self.launches = [launch.moving(moving, self.weight) for launch in launches]
+        _known.add(self)
+
+    def forget(self) -> None:
+        """Be of no weight, and hold no memory."""
+        self.weight, self.launches = (), []
 
     def __call__(self, x: Tensor, given: list[Tensor]) -> Tensor | None:
         """Launch again, and return y; None if that cannot be."""
@@ -69,8 +78,10 @@ def product(
     Returns:
         What long returns, or None where it has to be called every time.
     """
-    if type(q) is not NF4Tensor:
+    if torch.compiler.is_compiling() or type(q) is not NF4Tensor:
         return None
+    if torch.is_grad_enabled() and any(part.requires_grad for part in q.tensors()):
+        return None  # which is refused
     found = _key(q.layout, q.block_size, x, others, scaling)
     if found is None:
         return None
@@ -81,11 +92,15 @@ def product(
         return None  # not of launches alone
     if replay is not known and replay.weight == _pointers(*q.parts()):
         return replay(x, given)  # type: ignore[no-any-return]
+    if len(_known) >= MOST_OF_ALL:
+        return None
     y: Tensor
     y, launches = importlib.import_module("nf4.kernels._launch").recorded(long)
     if len(known) >= MOST:
         known.clear()
     whole = all(part.is_contiguous() for part in q.tensors())
+    places = {tensor.data_ptr() for tensor in (y, x, *given)}
+    whole = whole and len(places) == len(given) + 2  # none lies where another does
     usable = launches is not None and whole and type(y) is Tensor and y.is_contiguous()
     known[key] = Replay(q, (x, *given), y, launches) if usable else None
     return y
@@ -100,6 +115,8 @@ def again(
 ) -> Tensor | None:
     """Return a layer's product if its launches are known, without making a tensor of its weight.
 
+    Not to be called while torch.compile traces.
+
     Args:
         memo: what the layer remembers, see `nf4.tensor.memo_of`.
         parts: packed, int32 in fragments, absmax, absmax2 and offset; None where it has none.
@@ -109,6 +126,8 @@ def again(
     """
     known, (packed, absmax, *others) = memo.get("replays"), parts
     if not known or packed is None or absmax is None:
+        return None
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts):
         return None
     layout = "fragments" if packed.dtype == torch.int32 else "rows"
     found = _key(layout, block_size, x, (bias,), None)
@@ -130,6 +149,8 @@ def _key(
     device = streams.gpu_index(x)
     if device < 0 or not x.is_contiguous() or x.is_neg() or _is_unusual(x, device):
         return None
+    if x.numel() > MOST_ROWS * x.shape[-1]:
+        return None
     grad = torch.is_grad_enabled()
     if grad and x.requires_grad:
         return None
@@ -140,7 +161,7 @@ def _key(
         if tensor is None:
             key.append(None)
             continue
-        plain = type(tensor) in registry._PLAIN and tensor.is_contiguous()
+        plain = type(tensor) in registry._PLAIN and tensor.is_contiguous() and not tensor.is_neg()
         if not plain or (grad and tensor.requires_grad) or streams.gpu_index(tensor) != device:
             return None
         key.append((tensor.dtype, tensor.shape))
@@ -153,7 +174,6 @@ def _is_unusual(x: Tensor, device: int) -> bool:
     casts = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cuda")
     return (
         (casts and torch.get_autocast_dtype("cuda") != x.dtype)
-        or torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or bool(torch._C._len_torch_dispatch_stack())
         or torch._C._get_tracing_state() is not None
@@ -169,3 +189,11 @@ def _pointers(
     if absmax2 is None or offset is None:
         return packed.data_ptr(), absmax.data_ptr()
     return packed.data_ptr(), absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
+
+
+def _forget_all() -> None:
+    for replay in list(_known):
+        replay.forget()
+
+
+scratch.WITH_RELEASE.append(_forget_all)

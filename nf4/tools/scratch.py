@@ -6,12 +6,14 @@ at once. On other streams, and while a CUDA graph is captured, every call gets m
 
 import math
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from nf4.tools import streams
 
+WITH_RELEASE: list[Callable[[], None]] = []  # lets go of what holds buffers elsewhere
 _Key = tuple[str, torch.device, int]
 _buffers: dict[_Key, Tensor] = {}
 _views: dict[_Key, dict[tuple[int, int], Tensor]] = {}  # of the buffers there are
@@ -50,10 +52,9 @@ def matrix(
 
 
 def release_scratch() -> None:
-    """Free the scratch memory that nf4's kernels hold; the next call takes what it needs again.
-
-    A few MB at most stay with weights of which few rows were multiplied, see nf4/ops/replay.py.
-    """
+    """Free all scratch memory that nf4's kernels hold; the next call takes what it needs again."""
+    for forget in WITH_RELEASE:
+        forget()
     _buffers.clear()
     _views.clear()
 
