@@ -27,6 +27,9 @@ def check(kernel, args) -> None:
     assert t.dtype == expected.dtype and t.shape == expected.shape
     assert exact.lora_down(*args).share(t) <= 1
     assert (t != expected).float().mean() < 0.02
+    for module, made in ((kernel, t), (reference, expected)):
+        out = torch.full_like(made, 7)
+        assert module.lora_down(*args, out) is out and torch.equal(out, made)
 
 
 @pytest.mark.kernel
