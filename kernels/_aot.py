@@ -18,8 +18,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import _sass
+from ._launch import Launch
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx90a", "gfx1100")
+
+# Of a kernel's arguments by their names, for bfloat16, a double-quantized weight and an adapter in
+# float32; what is no pointer and not here is an int32
+_TYPES = {
+    **dict.fromkeys(("x", "y", "z", "t", "v", "out", "bias", "along"), "*bf16"),
+    **dict.fromkeys(("lora_A", "lora_B", "b", "w", "across", "sums", "factor", "parts"), "*fp32"),
+    **dict.fromkeys(("absmax2", "offset", "map", "levels", "thresholds", "weights"), "*fp32"),
+    **dict.fromkeys(("packed", "absmax", "codes"), "*u8"),
+    **dict.fromkeys(("words", "bases", "arrived"), "*i32"),
+    "seed": "*i64",
+    "candidates": "*fp64",
+}
+_TYPES = {f"{name}_ptr": kind for name, kind in _TYPES.items()}
+_TYPES |= dict.fromkeys(("scaling", "factor", "kept_inverse"), "fp32")
 
 
 @dataclass(frozen=True)
@@ -28,26 +43,45 @@ class Variant:
 
     Attributes:
         name: what to call it in a table.
-        kernel: the jit function.
-        signature: type of each run-time argument, such as ``{"x_ptr": "*bf16", "n": "i32"}``;
-            pointers are taken to be multiples of 16, as those of whole tensors are.
-        constants: value of each constexpr but SHUFFLE, which follows the target.
+        launch: the kernel as it is launched: its constants, warps and stages.
         elements: weights one program takes, or one step of its loop with the tensor cores.
-        num_warps: warps of one program.
-        num_stages: of its pipeline.
+        types: of run-time arguments, where they differ from what their names say, such as
+            ``{"absmax_ptr": "*fp32"}``; pointers are taken to be multiples of 16, as those of
+            whole tensors are.
         indivisible: run-time arguments that need not be multiples of 16.
+        ones: run-time arguments that are 1, which Triton makes constants.
         targets: GPUs that it is compiled for.
     """
 
     name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
+    launch: Launch
     elements: int
-    num_warps: int = 4
-    num_stages: int = 3
+    types: dict[str, str] = field(default_factory=dict)
     indivisible: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
     targets: tuple[str, ...] = TARGETS
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Return the value of each constant but SHUFFLE, which follows the target."""
+        return {**self.launch.constants, **dict.fromkeys(self.ones, 1)}
+
+    @property
+    def num_warps(self) -> int:
+        """Return the warps of one program."""
+        return int(self.launch.options["num_warps"])
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """Return the type of each run-time argument, such as ``{"x_ptr": "*bf16", "n": "i32"}``.
+
+        Raises:
+            KeyError: nothing says what a pointer points at.
+        """
+        known = {**_TYPES, **self.types}
+        constants = {*self.constants, "SHUFFLE"}
+        names = [name for name in self.launch.kernel.arg_names if name not in constants]
+        return {n: known[n] if n.endswith("_ptr") else known.get(n, "i32") for n in names}
 
 
 @dataclass(frozen=True)
@@ -115,20 +149,16 @@ def compile_kernel(
 
 def compile_for(variant: Variant, target: str) -> Any:
     """Compile a variant for ``"sm_90"``, ``"gfx942"`` and so on; the result's ``asm`` has it."""
-    constants = {**variant.constants}
-    if "SHUFFLE" in variant.kernel.arg_names:
+    kernel, signature = variant.launch.kernel, variant.signature
+    constants = variant.constants
+    if "SHUFFLE" in kernel.arg_names:
         constants["SHUFFLE"] = target.startswith("sm_")
     divisible = [
         name
-        for name, kind in variant.signature.items()
+        for name, kind in signature.items()
         if name not in variant.indivisible and kind not in ("fp32", "i64")
     ]
-    options = {
-        "num_warps": variant.num_warps,
-        "num_stages": variant.num_stages,
-        "enable_fp_fusion": False,
-    }
-    return compile_kernel(variant.kernel, variant.signature, constants, divisible, target, options)
+    return compile_kernel(kernel, signature, constants, divisible, target, variant.launch.options)
 
 
 def report(variant: Variant, target: str) -> Report:

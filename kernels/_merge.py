@@ -166,35 +166,12 @@ def _form(block_size: int, padded: int, grouped: bool, folds: bool) -> Launch:
 
 def merge_variants(name: str, ranks: tuple[int, ...], dtype: str = "bf16") -> list[Variant]:
     """Return compilations of the kernel to report on."""
-    signature = {
-        "words_ptr": "*i32",
-        "absmax_ptr": "*u8",
-        "absmax2_ptr": "*fp32",
-        "offset_ptr": "*fp32",
-        "map_ptr": "*fp32",
-        "levels_ptr": "*fp32",
-        "lora_A_ptr": "*fp32",
-        "lora_B_ptr": "*fp32",
-        "out_ptr": f"*{dtype}",
-        "N": "i32",
-        "K": "i32",
-        "rank": "i32",
-        "scaling": "fp32",
-    }
     return [
         Variant(
             f"{name}, {dtype}" + (f", rank {rank}" if rank else ""),
-            merge_kernel,
-            signature,
-            {
-                "BLOCK_SIZE": 64,
-                "ROWS": ROWS,
-                "TILES": TILES,
-                "RANK": rank,
-                "GROUPED": True,
-                "FOLD": True,
-            },
+            _form(64, rank, True, True),
             ROWS * TILES * 64,
+            {"out_ptr": f"*{dtype}"},
             targets=MATRIX,
         )
         for rank in ranks

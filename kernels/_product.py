@@ -130,9 +130,9 @@ def launch_product(
     parts, arrived = split_k_scratch(config, tiles, y)
     unroll = 4 if k % 256 == 0 else 2 if k % 128 == 0 else 1
     grouped = unroll == 4 and block_size == 64 and absmax.dtype == torch.uint8
-    ends = (bias is not None, factor is not None)
+    ends = (padded_rank(rank), bias is not None, factor is not None)
     whole = k // block_size % 4 == 0
-    form = _form(kernel, config, block_size, unroll, grouped, whole, padded_rank(rank), *ends)
+    form = product_form(kernel, config, block_size, unroll, grouped, whole, *ends)
     tables = (absmax_map(device), nf4_levels(device))
     weight = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
     terms = (t, lora_B, bias, factor)
@@ -141,7 +141,7 @@ def launch_product(
 
 
 @lru_cache
-def _form(
+def product_form(
     kernel: Any,
     config: MatmulConfig,
     block_size: int,
@@ -152,6 +152,7 @@ def _form(
     has_bias: bool,
     has_factor: bool,
 ) -> Launch:
+    """Return how a product is launched; what its kernel has no constant for is left out."""
     constants = {
         "BLOCK_SIZE": block_size,
         "BLOCK_M": config.block_m,
@@ -165,27 +166,3 @@ def _form(
         "HAS_FACTOR": has_factor,
     }
     return Launch(kernel, constants, config.num_warps, config.num_stages)
-
-
-# Of both kernels, for a double-quantized weight, bf16 and an adapter
-SIGNATURE = {
-    "x_ptr": "*bf16",
-    "words_ptr": "*i32",
-    "absmax_ptr": "*u8",
-    "absmax2_ptr": "*fp32",
-    "offset_ptr": "*fp32",
-    "map_ptr": "*fp32",
-    "levels_ptr": "*fp32",
-    "t_ptr": "*bf16",
-    "lora_B_ptr": "*fp32",
-    "bias_ptr": "*bf16",
-    "factor_ptr": "*fp32",
-    "y_ptr": "*bf16",
-    "parts_ptr": "*fp32",
-    "arrived_ptr": "*i32",
-    "M": "i32",
-    "N": "i32",
-    "K": "i32",
-    "rank": "i32",
-    "scaling": "fp32",
-}

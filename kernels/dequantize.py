@@ -113,30 +113,16 @@ def _form(block_size: int, mask_bytes: int) -> Launch:
 
 def variants() -> list[Variant]:
     """Return the compilations to report on: double-quantized to bf16, and the longest block."""
-    signature = {
-        "packed_ptr": "*u8",
-        "absmax_ptr": "*u8",
-        "absmax2_ptr": "*fp32",
-        "offset_ptr": "*fp32",
-        "map_ptr": "*fp32",
-        "levels_ptr": "*fp32",
-        "out_ptr": "*bf16",
-        "n": "i32",
-    }
     masks = {0: "", 4: ", masked", 1: ", odd count"}
     cases = [(64, 0, "bf16"), (64, 4, "bf16"), (64, 1, "bf16"), (64, 0, "fp32"), (4096, 0, "bf16")]
-    made = []
-    for block_size, mask_bytes, dtype in cases:
-        block_bytes = block_size // 2
-        rows = max(TILE_BYTES // block_bytes, 1)
-        made.append(
-            Variant(
-                f"dequantize, block {block_size}, {dtype}{masks[mask_bytes]}",
-                _dequantize_kernel,
-                {**signature, "out_ptr": f"*{dtype}"},
-                {"BLOCK_BYTES": block_bytes, "ROWS": rows, "MASK_BYTES": mask_bytes},
-                rows * block_size,
-                indivisible=("n",) if mask_bytes == 1 else (),
-            )
+    made = [
+        Variant(
+            f"dequantize, block {block_size}, {dtype}{masks[mask_bytes]}",
+            _form(block_size, mask_bytes),
+            max(2 * TILE_BYTES, block_size),
+            {"out_ptr": f"*{dtype}"},
+            indivisible=("n",) if mask_bytes == 1 else (),
         )
+        for block_size, mask_bytes, dtype in cases
+    ]
     return made + merge_variants("dequantize, fragments", (0,))

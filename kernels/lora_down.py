@@ -106,40 +106,16 @@ def _block_k(rank: int) -> int:
 
 def variants() -> list[Variant]:
     """Return the compilations to report on; instructions are per element of x."""
-    signature = {
-        "x_ptr": "*bf16",
-        "lora_A_ptr": "*fp32",
-        "seed_ptr": "*i64",
-        "t_ptr": "*bf16",
-        "parts_ptr": "*fp32",
-        "arrived_ptr": "*i32",
-        "M": "i32",
-        "K": "i32",
-        "rank": "i32",
-        "threshold": "i32",
-        "kept_inverse": "fp32",
-    }
-    return [
-        Variant(
+
+    def variant(block_m: int, rank: int, dropout: bool) -> Variant:
+        config = MatmulConfig(block_m, rank, *lora_down_warps(rank), 0, split_k=4)
+        return Variant(
             f"lora_down, {block_m} rows, rank {rank}" + (", dropout" if dropout else ""),
-            _lora_down_kernel,
-            signature,
-            {
-                "BLOCK_M": block_m,
-                "RANK": rank,
-                "BLOCK_K": _block_k(rank),
-                "SPLIT_K": 4,
-                "DROPOUT": dropout,
-            },
+            _form(config, _block_k(rank), dropout),
             block_m * _block_k(rank),
-            *lora_down_warps(rank),
             indivisible=("M", "rank"),
             targets=MATRIX,
         )
-        for block_m, rank, dropout in (
-            (16, 16, False),
-            (64, 16, False),
-            (64, 16, True),
-            (64, 256, True),
-        )
-    ]
+
+    forms = ((16, 16, False), (64, 16, False), (64, 16, True), (64, 256, True))
+    return [variant(*form) for form in forms]

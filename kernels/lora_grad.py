@@ -243,57 +243,22 @@ def max_rank(device: torch.device) -> int:
 
 def variants() -> list[Variant]:
     """Return the compilations to report on; instructions are per element of z, or of a part."""
-    signature = {
-        "z_ptr": "*bf16",
-        "v_ptr": "*bf16",
-        "w_ptr": "*fp32",
-        "seed_ptr": "*i64",
-        "parts_ptr": "*fp32",
-        "first_along": "i32",
-        "first_sums": "i32",
-        "M": "i32",
-        "C": "i32",
-        "rank": "i32",
-        "rows_a_chunk": "i32",
-        "threshold": "i32",
-    }
     made = []
     families = ((True, WGMMA), (False, MMA + MFMA))
     forms = ((16, False), (16, True), (64, False), (50, False))
     for (rank, dropout), (wgmma, targets) in product(forms, families):
         cut = _cut(4096, 4096, rank, not dropout, DEVICES[0], wgmma)
-        form, _ = _forms(cut, rank, not dropout, not dropout, dropout, False)
         name = f"lora_grad, rank {rank}, {'dropout' if dropout else 'both'}"
         made.append(
             Variant(
                 name if wgmma else f"{name}, mma",
-                _lora_grad_kernel,
-                signature,
-                form.constants,
+                _forms(cut, rank, not dropout, not dropout, dropout, False)[0],
                 cut.block_m * cut.block_c,
-                cut.num_warps,
-                cut.num_stages,
                 indivisible=("M",) if rank == 64 else ("M", "rank"),
                 targets=targets if rank <= 32 else tuple(t for t in targets if t not in MFMA),
             )
         )
-    outputs = {"across_ptr": "*fp32", "along_ptr": "*bf16", "sums_ptr": "*fp32"}
-    sizes = ("first_along", "first_sums", "M", "C", "rank", "chunks", "strips")
-    added = {"SIZE": ADDED, "COLUMNS": 0, "HAS_W": True, "HAS_SUMS": True}
-    made.append(
-        Variant(
-            "lora_grad, adding up",
-            _add_parts_kernel,
-            {
-                "parts_ptr": "*fp32",
-                **outputs,
-                **dict.fromkeys(sizes, "i32"),
-                "factor": "fp32",
-                "scaling": "fp32",
-            },
-            added,
-            32 * ADDED,
-            indivisible=("M", "rank", "chunks", "strips"),
-        )
-    )
-    return made
+    cut = _cut(4096, 4096, 16, True, DEVICES[0], True)
+    adding = _forms(cut, 16, True, True, False, False)[1]
+    odd = ("M", "rank", "chunks", "strips")
+    return [*made, Variant("lora_grad, adding up", adding, 32 * ADDED, indivisible=odd)]

@@ -101,36 +101,13 @@ def _form(padded: int, has_bias: bool, dropout: bool) -> Launch:
 
 def variants() -> list[Variant]:
     """Return the compilations to report on; instructions are per element of the result."""
-    signature = {
-        "t_ptr": "*bf16",
-        "b_ptr": "*fp32",
-        "bias_ptr": "*bf16",
-        "seed_ptr": "*i64",
-        "out_ptr": "*bf16",
-        "M": "i32",
-        "N": "i32",
-        "rank": "i32",
-        "stride_br": "i32",
-        "scaling": "fp32",
-        "threshold": "i32",
-        "kept_inverse": "fp32",
-    }
     return [
         Variant(
             f"lora_up, rank {rank}" + (", dropout" if dropout else ", bias"),
-            _lora_up_kernel,
-            signature,
-            {
-                "BLOCK_M": BLOCK_M,
-                "BLOCK_N": BLOCK_N,
-                "RANK": rank,
-                "HAS_BIAS": not dropout,
-                "DROPOUT": dropout,
-                "stride_bn": 1,
-            },
+            _form(rank, not dropout, dropout),
             BLOCK_M * BLOCK_N,
-            NUM_WARPS,
             indivisible=("M", "rank"),
+            ones=("stride_bn",),
             targets=MATRIX,
         )
         for rank, dropout in ((16, False), (16, True), (256, True))

@@ -9,6 +9,7 @@ and computes 2 flops a weight and row.
 Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxiv.org/abs/2106.09685).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -27,7 +28,7 @@ from ._configs import (
     matmul_config,
 )
 from ._fragments import as_words, decode_tile, load_scales
-from ._product import SIGNATURE, add_parts, finish, launch_product
+from ._product import add_parts, finish, launch_product, product_form
 
 
 @triton.jit
@@ -159,24 +160,11 @@ def variants() -> list[Variant]:
     def variant(
         config: MatmulConfig, targets: tuple[str, ...], rank: int, name: str = ""
     ) -> Variant:
-        constants = {
-            "BLOCK_SIZE": 64,
-            "WHOLE": True,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "SPLIT_K": 1 if config.block_n == 128 else 4,
-            "RANK": rank,
-            "HAS_BIAS": rank > 0,
-            "HAS_FACTOR": rank == 256,
-        }
+        split = replace(config, split_k=1 if config.block_n == 128 else 4)
         return Variant(
             f"matmul, {config.block_m}×{config.block_n}, rank {rank}{name}",
-            _matmul_kernel,
-            SIGNATURE,
-            constants,
+            product_form(_matmul_kernel, split, 64, 4, True, True, rank, rank > 0, rank == 256),
             config.block_n * 64,
-            config.num_warps,
-            config.num_stages,
             indivisible=("M", "rank"),
             targets=targets,
         )

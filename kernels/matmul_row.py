@@ -243,33 +243,11 @@ def _form(m: int, k: int, padded: int, has_bias: bool, has_factor: bool) -> Laun
 
 def variants() -> list[Variant]:
     """Return the compilations to report on: one row and two."""
-    signature = {
-        "x_ptr": "*bf16",
-        "words_ptr": "*i32",
-        "absmax_ptr": "*u8",
-        "absmax2_ptr": "*fp32",
-        "offset_ptr": "*fp32",
-        "map_ptr": "*fp32",
-        "levels_ptr": "*fp32",
-        "t_ptr": "*bf16",
-        "lora_B_ptr": "*fp32",
-        "bias_ptr": "*bf16",
-        "factor_ptr": "*fp32",
-        "y_ptr": "*bf16",
-        "N": "i32",
-        "K": "i32",
-        "rank": "i32",
-        "scaling": "fp32",
-    }
     return [
         Variant(
             f"matmul_row, {m} rows, rank {rank}",
-            _matmul_row_kernel,
-            signature,
-            _form(m, 4096, rank, rank > 0, False).constants,
+            _form(m, 4096, rank, rank > 0, False),
             SHARES * 16 * GROUP,
-            SHARES,
-            1,
             indivisible=("rank",),
             targets=WGMMA + MMA,
         )

@@ -8,6 +8,7 @@ double quantization).
 Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxiv.org/abs/2106.09685).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -18,7 +19,7 @@ from ._aot import Variant
 from ._configs import MATMUL_SMALL, MATRIX, SMALL_M, WGMMA, MatmulConfig, matmul_small_config
 from ._fragments import as_words, load_group, load_group_scales, load_scales
 from ._levels16 import decode_levels
-from ._product import SIGNATURE, add_parts, finish, launch_product
+from ._product import add_parts, finish, launch_product, product_form
 
 
 @triton.jit
@@ -184,26 +185,13 @@ def variants() -> list[Variant]:
     def variant(config: MatmulConfig, unroll: int, split_k: int, rank: int) -> Variant:
         widest = config == MATMUL_SMALL[-1]
         targets, split_k = (("sm_90",), 1) if widest else (WGMMA, split_k)
-        constants = {
-            "BLOCK_SIZE": 64,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "UNROLL": unroll,
-            "GROUPED": unroll == 4,
-            "SPLIT_K": split_k,
-            "RANK": rank,
-            "HAS_BIAS": rank > 0,
-            "HAS_FACTOR": unroll == 1,
-        }
+        ends = (rank > 0, unroll == 1)
+        split = replace(config, split_k=split_k)
         return Variant(
             f"matmul_small, {config.block_m}×{config.block_n}, unrolled {unroll}, "
             f"split {split_k}, rank {rank}",
-            _matmul_small_kernel,
-            SIGNATURE,
-            constants,
+            product_form(_matmul_small_kernel, split, 64, unroll, unroll == 4, True, rank, *ends),
             config.block_n * 64 * unroll,
-            config.num_warps,
-            config.num_stages,
             indivisible=("M", "rank"),
             targets=MATRIX if config.block_m == SMALL_M else targets,
         )

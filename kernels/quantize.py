@@ -101,26 +101,15 @@ def _form(block_size: int, mask: int) -> Launch:
 
 def variants() -> list[Variant]:
     """Return the compilations to report on: two dtypes, whole and masked, and the longest block."""
-    signature = {
-        "packed_ptr": "*u8",
-        "absmax_ptr": "*fp32",
-        "thresholds_ptr": "*fp32",
-        "bases_ptr": "*i32",
-        "n": "i32",
-    }
     masks = {0: "", 8: ", masked", 1: ", odd count"}
     cases = [(64, 0, "bf16"), (64, 8, "bf16"), (64, 1, "bf16"), (64, 0, "fp32"), (4096, 0, "bf16")]
-    made = []
-    for block_size, mask, dtype in cases:
-        rows = max((MASKED_TILE if mask else TILE) // block_size, 1)
-        made.append(
-            Variant(
-                f"quantize, block {block_size}, {dtype}{masks[mask]}",
-                _quantize_kernel,
-                {"x_ptr": f"*{dtype}", **signature},
-                {"BLOCK_SIZE": block_size, "ROWS": rows, "MASK": mask},
-                rows * block_size,
-                indivisible=("n",) if mask == 1 else (),
-            )
+    return [
+        Variant(
+            f"quantize, block {block_size}, {dtype}{masks[mask]}",
+            _form(block_size, mask),
+            max(MASKED_TILE if mask else TILE, block_size),
+            {"x_ptr": f"*{dtype}", "absmax_ptr": "*fp32"},
+            indivisible=("n",) if mask == 1 else (),
         )
-    return made
+        for block_size, mask, dtype in cases
+    ]

@@ -109,21 +109,8 @@ _CODES = Launch(_quantize_absmax_kernel, {"PARTS": PARTS, "BLOCK": ABSMAX_BLOCK_
 
 def variants() -> list[Variant]:
     """Return the compilations to report on; instructions are per scale."""
-    pointers = {"absmax_ptr": "*fp32", "parts_ptr": "*fp64"}
-    outputs = {"codes_ptr": "*u8", "absmax2_ptr": "*fp32", "offset_ptr": "*fp32", "blocks": "i32"}
+    types = {"absmax_ptr": "*fp32", "parts_ptr": "*fp64"}
     return [
-        Variant(
-            "quantize_absmax, sum",
-            _sum_kernel,
-            {**pointers, "blocks": "i32"},
-            {"PARTS": PARTS, "TILE": TILE},
-            TILE,
-        ),
-        Variant(
-            "quantize_absmax, codes",
-            _quantize_absmax_kernel,
-            {**pointers, "thresholds_ptr": "*fp32", **outputs},
-            {"PARTS": PARTS, "BLOCK": ABSMAX_BLOCK_SIZE},
-            ABSMAX_BLOCK_SIZE,
-        ),
+        Variant("quantize_absmax, sum", _SUM, TILE, types),
+        Variant("quantize_absmax, codes", _CODES, ABSMAX_BLOCK_SIZE, types),
     ]

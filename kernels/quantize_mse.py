@@ -168,33 +168,12 @@ def _form(block_size: int, signed: bool, weighted: bool) -> Launch:
 
 def variants() -> list[Variant]:
     """Return the compilations to report on: instructions an element and trial, and the rest."""
-    signature = {
-        "packed_ptr": "*u8",
-        "absmax_ptr": "*fp32",
-        "thresholds_ptr": "*fp32",
-        "bases_ptr": "*i32",
-        "candidates_ptr": "*fp64",
-        "weights_ptr": "*fp32",
-        "n": "i32",
-        "columns": "i32",
-    }
-    made = []
-    for block_size, weighted in ((64, False), (4096, False), (64, True)):
-        rows = max(TILE // block_size, 1)
-        made.append(
-            Variant(
-                f"quantize_mse, block {block_size}, bf16" + ", weighted" * weighted,
-                _quantize_mse_kernel,
-                {"x_ptr": "*bf16", **signature},
-                {
-                    "BLOCK_SIZE": block_size,
-                    "ROWS": rows,
-                    "CANDIDATES": len(CANDIDATES),
-                    "SIGNED": True,
-                    "WEIGHTED": weighted,
-                    "REFINEMENTS": REFINEMENTS,
-                },
-                rows * block_size,
-            )
+    return [
+        Variant(
+            f"quantize_mse, block {block_size}, bf16" + ", weighted" * weighted,
+            _form(block_size, True, weighted),
+            max(TILE, block_size),
+            {"absmax_ptr": "*fp32"},
         )
-    return made
+        for block_size, weighted in ((64, False), (4096, False), (64, True))
+    ]

@@ -63,14 +63,9 @@ def _form(to_fragments: bool) -> Launch:
 
 def variants() -> list[Variant]:
     """Return the compilations to report on: both directions."""
-    signature = {"in_ptr": "*u8", "out_ptr": "*u8", "row_bytes": "i32"}
+    types = {"in_ptr": "*u8", "out_ptr": "*u8"}
+    directions = {"fragments": True, "rows": False}
     return [
-        Variant(
-            f"repack, to {'fragments' if to_fragments else 'rows'}",
-            _repack_kernel,
-            signature,
-            {"TO_FRAGMENTS": to_fragments, "TILES": TILE_COLUMNS // 64},
-            16 * TILE_COLUMNS,
-        )
-        for to_fragments in (True, False)
+        Variant(f"repack, to {layout}", _form(to_fragments), 16 * TILE_COLUMNS, types)
+        for layout, to_fragments in directions.items()
     ]
