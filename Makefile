@@ -5,6 +5,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 INSTALL := $(PIP) -c .ci/constraints.txt
 READY := $(VENV)/.ready
+TYPED := $(VENV)/typed
 
 .PHONY: demo test lint style types tests alone notebooks gpu clean
 
@@ -22,8 +23,12 @@ style: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# kernels/ and bench/ as the packages that they are where nf4 is installed
 types: $(READY)
-	$(RUN) -m mypy
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)
+	@cp -R nf4 $(TYPED)/nf4 && rm $(TYPED)/nf4/kernels.py $(TYPED)/nf4/bench.py
+	@cp -R kernels bench $(TYPED)/nf4/
+	$(RUN) -m mypy --cache-dir .mypy_cache --config-file pyproject.toml $(TYPED)/nf4
 
 tests: $(READY)
 	$(RUN) -m pytest -m "not alone" -n 2 --dist worksteal --cov --cov-report= --cov-fail-under=0

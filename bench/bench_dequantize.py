@@ -6,6 +6,7 @@ python bench/bench_dequantize.py --help
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -30,13 +31,13 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
         cases.check_equal(nf4.dequantize(q), expected, "dequantize")
         cases.check_equal(nf4.dequantize(q, out=out), expected, "dequantize, out=")
         functions: dict[str, Function] = {
-            "nf4": lambda q=q: nf4.dequantize(q),
-            "nf4, out=": lambda q=q, out=out: nf4.dequantize(q, out=out),
+            "nf4": partial(nf4.dequantize, q),
+            "nf4, out=": partial(nf4.dequantize, q, out=out),
         }
         if w.is_cuda and fits_fragments(q.shape, q.block_size) and weight.dtype != torch.float32:
             f = nf4.to_fragments(q)
             cases.check_equal(nf4.dequantize(f), expected, "dequantize of fragments")
-            functions["nf4, fragments"] = lambda f=f: nf4.dequantize(f)
+            functions["nf4, fragments"] = partial(nf4.dequantize, f)
         moved = q.nbytes + w.nbytes
         functions |= {**peers.dequantizers(w), "copy": cases.copy_of(moved, w.device)}
         yield cases.Case(weight.labels, functions, moved, expected=expected.double())

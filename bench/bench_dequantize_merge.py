@@ -6,16 +6,25 @@ python bench/bench_dequantize_merge.py --help
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 import nf4
 from nf4.bench import cases
+from nf4.bench.measure import Function
 from nf4.error.exact import product
 
 TITLE = "dequantize_merge"
 DEFAULTS = cases.Options(shapes=[(1024, 1024)], ranks=[16, 64])
 ON_GPU = replace(DEFAULTS, shapes=[*DEFAULTS.shapes, (4096, 4096), (14336, 4096)])
+
+
+def _unfused(
+    q: nf4.NF4Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    w: torch.Tensor = nf4.dequantize(q, dtype)
+    return w.addmm_(b.to(dtype), a.to(dtype), alpha=2.0)
 
 
 def make(options: cases.Options) -> Iterator[cases.Case]:
@@ -29,20 +38,14 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
             a, b = (options.random(*s) / 8 for s in ((r, k), (n, r)))
             parts = (*q.parts(), a, b, 2.0, q.block_size, dtype)
 
-            def unfused(q=q, a=a, b=b, dtype=dtype) -> torch.Tensor:
-                w = nf4.dequantize(q, dtype)
-                return w.addmm_(b.to(dtype), a.to(dtype), alpha=2.0)
-
-            def fused(parts=parts) -> torch.Tensor:
-                return merge(*parts)
-
+            fused = partial(merge, *parts)
             plus, low = nf4.dequantize(q, torch.float64), (2.0 * b.to(dtype), a.to(dtype))
             cases.check_right(fused(), product(*low, dtype, dtype, plus), "dequantize_merge")
             moved = q.nbytes + w.nbytes + a.nbytes + b.nbytes
-            functions = {
+            functions: dict[str, Function] = {
                 cases.kernel_name(options.device): fused,
-                "dequantize, then addmm_": unfused,
-                "dequantize alone": lambda q=q, dtype=dtype: nf4.dequantize(q, dtype),
+                "dequantize, then addmm_": partial(_unfused, q, a, b, dtype),
+                "dequantize alone": partial(nf4.dequantize, q, dtype),
                 "copy": cases.copy_of(moved, w.device),
             }
             labels = {**weight.labels, "r": str(r)}

@@ -5,12 +5,14 @@ python bench/bench_qlora_step.py --help
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
 
 import nf4
 from nf4.bench import cases, peers
+from nf4.bench.measure import Function
 from nf4.error import exact
 from nf4.tools.cost import weight_bytes
 
@@ -60,7 +62,9 @@ def ours(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> nf4.QLoRALinear:
     return layer
 
 
-def check(layer: nn.Module, q: nf4.NF4Tensor, a, b, x: torch.Tensor) -> torch.Tensor:
+def check(
+    layer: nn.Module, q: nf4.NF4Tensor, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
     """Check our forward on the first rows; return those exact."""
     right = exact.LoraLinear(x[:CHECKED], q, a, b, SCALING).y
     with torch.no_grad():
@@ -68,26 +72,42 @@ def check(layer: nn.Module, q: nf4.NF4Tensor, a, b, x: torch.Tensor) -> torch.Te
     return right.value
 
 
-def forward(labels, layers, x: torch.Tensor, weight: cases.Weight, r: int, right) -> cases.Case:
+def forward(
+    labels: dict[str, str],
+    layers: dict[str, nn.Module],
+    x: torch.Tensor,
+    weight: cases.Weight,
+    r: int,
+    right: torch.Tensor,
+) -> cases.Case:
     """Return the forward without gradients."""
 
     def run(layer: nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            return layer(x)
+            y: torch.Tensor = layer(x)
+        return y
 
     m, (n, k) = x.shape[0], weight.shape
-    functions = {name: lambda layer=layer: run(layer) for name, layer in layers.items()}
+    functions: dict[str, Function] = {name: partial(run, f) for name, f in layers.items()}
     moved = weight_bytes(n, k) + x.itemsize * (m + r) * (k + n)
     flops = 2.0 * m * (n * k + r * (n + k))
     return cases.Case(labels, functions, moved, flops, weight.name, right)
 
 
-def training(labels, layers, x: torch.Tensor, weight: cases.Weight, r: int) -> cases.Case:
+def training(
+    labels: dict[str, str],
+    layers: dict[str, nn.Module],
+    x: torch.Tensor,
+    weight: cases.Weight,
+    r: int,
+) -> cases.Case:
     """Return forward and backward."""
     m, (n, k) = x.shape[0], weight.shape
     x = x.clone().requires_grad_()
     dy = torch.randn(m, n, dtype=x.dtype, device=x.device)
-    functions = {name: lambda layer=layer: step(layer, x, dy) for name, layer in layers.items()}
+    functions: dict[str, Function] = {
+        name: partial(step, layer, x, dy) for name, layer in layers.items()
+    }
     moved = 2 * weight_bytes(n, k) + x.itemsize * m * (2 * n + 3 * k) + 8 * r * (n + k)
     flops = 2.0 * m * (2 * n * k + 3 * r * (n + k))
     return cases.Case(labels, functions, moved, flops, weight.name)

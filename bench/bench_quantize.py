@@ -6,9 +6,11 @@ python bench/bench_quantize.py --help
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import nf4
 from nf4.bench import cases, peers
+from nf4.bench.measure import Function
 from nf4.reference import quantize as reference
 
 TITLE = "quantize"
@@ -24,7 +26,7 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
         expected = reference.quantize(w, q.block_size)[0]
         cases.check_equal(q.packed.flatten(), expected, "quantize")
         moved = q.nbytes + w.nbytes
-        functions = {"nf4": lambda w=w: nf4.quantize(w), **peers.quantizers(w)}
+        functions: dict[str, Function] = {"nf4": partial(nf4.quantize, w), **peers.quantizers(w)}
         functions["copy"] = cases.copy_of(moved, w.device)
         yield cases.Case(weight.labels, functions, moved)
 

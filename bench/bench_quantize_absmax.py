@@ -6,10 +6,12 @@ python bench/bench_quantize_absmax.py --help
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from nf4.bench import cases
+from nf4.bench.measure import Function
 from nf4.reference import quantize_absmax as reference
 
 TITLE = "quantize_absmax"
@@ -26,7 +28,7 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
         for ours, expected in zip(run(absmax), reference.quantize_absmax(absmax), strict=True):
             cases.check_equal(ours, expected, "quantize_absmax")
         moved = 9 * absmax.numel()  # read twice, for the mean comes first
-        functions = {"nf4": lambda absmax=absmax: run(absmax)}
+        functions: dict[str, Function] = {"nf4": partial(run, absmax)}
         functions["copy"] = cases.copy_of(moved, options.device)
         yield cases.Case(weight.labels, functions, moved)
 

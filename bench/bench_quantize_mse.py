@@ -6,9 +6,11 @@ python bench/bench_quantize_mse.py --help
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import nf4
 from nf4.bench import cases
+from nf4.bench.measure import Function
 from nf4.reference.quantize_mse import quantize_mse as reference
 
 TITLE = "quantize_mse"
@@ -25,9 +27,9 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
         expected = reference(w[:rows], q.block_size, True)[0]
         cases.check_equal(q.packed[:rows].flatten(), expected, "quantize_mse")
         moved = q.nbytes + w.nbytes
-        functions = {
-            "nf4": lambda w=w: nf4.quantize(w, scale="mse"),
-            "nf4, absmax": lambda w=w: nf4.quantize(w),
+        functions: dict[str, Function] = {
+            "nf4": partial(nf4.quantize, w, scale="mse"),
+            "nf4, absmax": partial(nf4.quantize, w),
             "copy": cases.copy_of(moved, w.device),
         }
         yield cases.Case(weight.labels, functions, moved)

@@ -6,9 +6,11 @@ python bench/bench_repack.py --help
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import nf4
 from nf4.bench import cases
+from nf4.bench.measure import Function
 from nf4.reference import repack as reference
 
 TITLE = "repack"
@@ -29,7 +31,7 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
             ("to fragments", nf4.to_fragments, rows),
             ("to rows", nf4.to_rows, fragments),
         ):
-            functions = {"nf4": lambda run=run, q=q: run(q)}
+            functions: dict[str, Function] = {"nf4": partial(run, q)}
             functions["copy"] = cases.copy_of(moved, q.device)
             yield cases.Case({**weight.labels, "direction": name}, functions, moved)
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).resolve().parent
-PACKAGES = ("nf4", "torch", "triton", "numba", "transformers", "peft")
-PACKAGES += ("bitsandbytes", "torchao", "gemlite", "kernels")
+OURS = ("nf4", "torch", "triton", "numba", "transformers", "peft")
+PACKAGES = (*OURS, "bitsandbytes", "torchao", "gemlite", "kernels")
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
 # What a run writes itself makes no tree dirty
 WRITTEN = (":!bench/results", ":!bench/README.md")

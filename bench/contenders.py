@@ -127,8 +127,9 @@ def check_gradients(model: nn.Module) -> None:
     """
     for name, p in model.named_parameters():
         if p.requires_grad:
-            good = p.grad is not None and bool(p.grad.isfinite().all())
-            if not good or ("lora_B" in name and not p.grad.any()):
+            given = p.grad
+            good = given is not None and bool(given.isfinite().all())
+            if given is None or not good or ("lora_B" in name and not given.any()):
                 raise ValueError(f"{name}: expected a gradient, got none or zeros; not timed")
 
 
@@ -146,7 +147,9 @@ def generate(model: nn.Module, prompt: Tensor, new_tokens: int, criteria: Iterab
     """
     from transformers import StoppingCriteriaList
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
     base.generation_config.eos_token_id = None
     with torch.no_grad():
         out: Tensor = base.generate(

@@ -62,7 +62,7 @@ class Run:
         contenders.backward(make_model(name, small), tokens(small), self.dtype)
         self.before = _held(self.device)
         self.model = make_model(name, options)
-        self.optimizer = contenders.optimizer_of(self.model, LEARNING_RATE)
+        self.optimizer: Any = contenders.optimizer_of(self.model, LEARNING_RATE)
         self.batch = tokens(options)
 
     def ask(self, method: str, *args: Any) -> Any:
@@ -190,7 +190,7 @@ class Child:
 
 def _serve(connection: Connection, name: str, options: Options) -> None:
     """Make a `Run` and answer what `Child` asks, until it hangs up."""
-    run = None
+    run: Run | None = None
     with suppress(EOFError, ConnectionError):
         while True:
             try:

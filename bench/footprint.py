@@ -50,7 +50,7 @@ def gpu_peak(function: Function, device: torch.device) -> int:
 
 def launches(function: Function, device: torch.device) -> int | None:
     """Return how many kernels, copies and fills a call starts on a GPU; None if none is seen."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize(device)

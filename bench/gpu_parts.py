@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -98,5 +99,10 @@ def launch() -> int:
 
 
 if __name__ == "__main__":
-    done = {"environment": environment, "draw": draw, "launch": launch}[sys.argv[1]](*sys.argv[2:])
+    parts: dict[str, Callable[..., Any]] = {
+        "environment": environment,
+        "draw": draw,
+        "launch": launch,
+    }
+    done = parts[sys.argv[1]](*sys.argv[2:])
     print(json.dumps(done, indent=1))  # noqa: T201  a stage's output

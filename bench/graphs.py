@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,10 @@ class Case:
 def seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
     """Return the median time of a call: in a CUDA graph, or on a CPU by the clock."""
     if device.type != "cuda":
-        begin = time.perf_counter()
+        started = time.perf_counter()
         for call in calls:
             call()
-        return (time.perf_counter() - begin) / len(calls)
+        return (time.perf_counter() - started) / len(calls)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         calls[0]()  # compiles
@@ -80,7 +81,7 @@ def seconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(1e-3 * begin.elapsed_time(end) / len(calls))
+        times.append(1e-3 * float(begin.elapsed_time(end)) / len(calls))
     return statistics.median(times)
 
 
@@ -120,19 +121,19 @@ def _products(
             return dense_linear(x, nf4.dequantize(q, out=out))
 
         functions: dict[str, list[Callable[[], Any]]] = {
-            f"nf4, {chosen}": [lambda x=x, q=q: nf4.linear(x, q) for q in used],
-            "dequantize, then the library": [lambda q=q, f=by_library: f(q) for q in used],
-            "dense bf16": [lambda x=x, w=w: dense_linear(x, w) for w in dense],
+            f"nf4, {chosen}": [partial(nf4.linear, x, q) for q in used],
+            "dequantize, then the library": [partial(by_library, q) for q in used],
+            "dense bf16": [partial(dense_linear, x, w) for w in dense],
         }
         if others:
-            functions["bitsandbytes"] = [lambda x=x, f=f: f(x) for f in others]
+            functions["bitsandbytes"] = [partial(f, x) for f in others]
         yield Case("linear", f"{n}×{k}, M = {m}", linear_limit_seconds(model, m, n, k), functions)
 
 
 def _dense_writes(
     rows: Sequence[nf4.NF4Tensor], weights: Sequence[nf4.NF4Tensor], device: torch.device
 ) -> Iterator[Case]:
-    from nf4.kernels import dequantize_merge
+    from nf4.kernels.dequantize_merge import dequantize_merge as merge
 
     n, k = weights[0].shape
     moved = weight_bytes(n, k) + 2 * n * k
@@ -141,8 +142,8 @@ def _dense_writes(
     pairs = list(zip(weights, outs * len(weights), strict=False))
     from_rows = list(zip(rows, outs * len(rows), strict=False))
     functions: dict[str, list[Callable[[], Any]]] = {
-        "nf4, rows": [lambda q=q, o=o: nf4.dequantize(q, out=o) for q, o in from_rows],
-        "nf4, fragments": [lambda q=q, o=o: nf4.dequantize(q, out=o) for q, o in pairs],
+        "nf4, rows": [partial(nf4.dequantize, q, out=o) for q, o in from_rows],
+        "nf4, fragments": [partial(nf4.dequantize, q, out=o) for q, o in pairs],
     }
     yield Case("dequantize", f"{n}×{k}", limit, functions)
     if device.type != "cuda":
@@ -153,10 +154,9 @@ def _dense_writes(
         merged: dict[str, list[Callable[[], Any]]] = {}
         for dtype in (torch.float32, torch.bfloat16):
             low = (a.to(dtype), b.to(dtype), 2.0, 64, torch.bfloat16)
-            merged[f"nf4, A and B in {str(dtype).removeprefix('torch.')}"] = [
-                lambda q=q, o=o, low=low: dequantize_merge.dequantize_merge(*q.parts(), *low, o)
-                for q, o in pairs
-            ]
+            args: list[tuple[Any, ...]] = [(*q.parts(), *low, o) for q, o in pairs]
+            name = f"nf4, A and B in {str(dtype).removeprefix('torch.')}"
+            merged[name] = [partial(merge, *each) for each in args]
         yield Case("dequantize_merge", f"{n}×{k}, r = {r}", limit, merged)
 
 

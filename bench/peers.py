@@ -169,14 +169,16 @@ class _FewLaunches(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, q, lora_A, lora_B, scaling):  # noqa: ANN001, ANN205
+    def forward(
+        ctx: Any, x: Tensor, q: nf4.NF4Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
         ctx.save_for_backward(x, lora_A, lora_B)
         ctx.q, ctx.scaling = q, scaling
         y = x @ nf4.dequantize(q, x.dtype).T
         return y.addmm_(x @ lora_A.to(x.dtype).T, lora_B.to(x.dtype).T, alpha=scaling)
 
     @staticmethod
-    def backward(ctx, dy):  # noqa: ANN001, ANN205
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B = ctx.saved_tensors
         a, b, s = lora_A.to(x.dtype), lora_B.to(x.dtype), ctx.scaling
         d_a = s * ((dy @ b).T @ x)
@@ -267,7 +269,8 @@ def _gemlite(w: Tensor) -> Layer:
         scaled_activations=False,
     )
     layer.pack(codes.view(n, k), scales.to(w.dtype), zeros.to(w.dtype), None)
-    return layer
+    made: Layer = layer
+    return made
 
 
 def _bitsandbytes_quantize() -> Callable[[Tensor], tuple[Tensor, Any]]:

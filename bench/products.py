@@ -1,6 +1,7 @@
 """What the benchmarks of both products share: a layer's weight, the check, every peer."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from torch import Tensor
 
@@ -30,11 +31,11 @@ def make(options: cases.Options, op: str) -> Iterator[cases.Case]:
         for m in weight.rows:
             x = options.random(m, k, dtype=dtype)
             right = exact.linear(x[:CHECKED], q)
-            functions: dict[str, Function] = {"nf4": lambda x=x, ours=ours: nf4.linear(x, ours)}
+            functions: dict[str, Function] = {"nf4": partial(nf4.linear, x, ours)}
             functions |= kernel_alone(op, x, ours)
             for name, function in functions.items():
                 cases.check_right(function()[:CHECKED], right, f"linear, {name}")
-            functions |= {name: lambda f=f, x=x: f(x) for name, f in others.items()}
+            functions |= {name: partial(f, x) for name, f in others.items()}
             moved = weight_bytes(n, k) + x.itemsize * m * (n + k)
             chosen = nf4.explain(x.shape, ours, dtype).kernel.rpartition(".")[2]
             labels = {**weight.labels, "M": str(m), "ours": chosen}

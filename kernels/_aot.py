@@ -198,7 +198,7 @@ def _report_nvidia(compiled: Any, variant: Variant, target: str) -> Report:
         stack + local,
         compiled.metadata.shared,
         len(work) * scale,
-        Counter(cycles),  # type: ignore[arg-type]
+        Counter(cycles),
         _sass.memory(work),
         (_sass.tensor_instructions(work), _sass.products_from_registers(work)),
         _sass.waiting_loads(code)[1],

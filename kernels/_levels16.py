@@ -43,9 +43,9 @@ def _prmt(word: int, first_out: int, dtype: torch.dtype) -> list[str]:
     """
     planes = []
     for shift in (0, 8):
-        plane = [b >> shift & 255 for b in _bits(dtype)]
+        of_levels = [b >> shift & 255 for b in _bits(dtype)]
         planes.append(
-            [f"0x{sum(plane[4 * i + j] << 8 * j for j in range(4)):08x}" for i in range(4)]
+            [f"0x{sum(of_levels[4 * i + j] << 8 * j for j in range(4)):08x}" for i in range(4)]
         )
     lines = [
         f"and.b32 s0, ${word}, 0x77777777;",

@@ -113,6 +113,7 @@ def launch_product(
     tiles: int,
     y: Tensor,
     x: Tensor,
+    block_size: int,
     packed: Tensor,
     absmax: Tensor,
     absmax2: Tensor | None,
@@ -122,7 +123,6 @@ def launch_product(
     lora_B: Tensor | None,
     scaling: float,
     factor: Tensor | None,
-    block_size: int,
 ) -> None:
     """Launch a kernel of kernels/matmul.py or matmul_small.py, which fills y ``[M, N]``."""
     (m, n), k, device = y.shape, x.shape[1], x.device

@@ -49,7 +49,7 @@ class Instruction:
 
 def disassemble(cubin: Path) -> list[Instruction]:
     """Return the instructions of a cubin, without padding."""
-    command = [CUOBJDUMP, "-sass", cubin]
+    command: list[str | Path] = [CUOBJDUMP, "-sass", cubin]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = [_LINE.match(line) for line in listing.splitlines()]
     lines = [Instruction(int(m[1], 16), (m[2] or "").strip(), m[3], m[4]) for m in found if m]
@@ -93,7 +93,7 @@ def pipe_cycles(code: list[Instruction]) -> Counter[str]:
             held = 16 * 8 * 16 / 512
         else:
             held = 2.0 if i.base in _HALF_RATE else _CYCLES[pipe]
-        cycles[pipe] += held  # type: ignore[assignment]
+        cycles[pipe] += held
     cycles["ISSUE"] = len(code)
     return cycles
 

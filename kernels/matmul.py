@@ -148,8 +148,8 @@ def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any
             -(-m // config.block_m) * -(-n // config.block_n),
             y,
             x,
-            *terms,
             block_size,
+            *terms,
         )
     return y
 

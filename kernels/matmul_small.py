@@ -173,8 +173,8 @@ def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any
             -(-n // config.block_n),
             y,
             x,
-            *terms,
             block_size,
+            *terms,
         )
     return y
 

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import torch
 
-from nf4.kernels import _configs, matmul_row  # type: ignore[attr-defined]
+from nf4.kernels import _configs, matmul_row
 from nf4.kernels._measured import measured
 from nf4.tensor import fits_fragments
 from nf4.tools.cost import (

@@ -19,7 +19,7 @@ from torch.nn.functional import linear as library_linear
 from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.gpu import plan
 from nf4.gpu.linear import dense_weight
-from nf4.kernels import _configs, _measured, matmul, matmul_small  # type: ignore[attr-defined]
+from nf4.kernels import _configs, _measured, matmul, matmul_small
 from nf4.tensor import fits_fragments
 from nf4.tools.cost import device_of
 from nf4.tools.paths import write_file
