@@ -25,6 +25,10 @@ def test_make_test_runs_every_stage(fails, tmp_path) -> None:
     (tmp_path / ".ci").mkdir()
     for name in ("pyproject.toml", "setup.py", ".ci/constraints.txt"):
         (tmp_path / name).touch()
+    for folder in ("nf4", "kernels", "bench"):
+        (tmp_path / folder).mkdir()
+    for name in ("nf4/kernels.py", "nf4/bench.py"):
+        (tmp_path / name).touch()
     python = tmp_path / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)
