@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import nf4
 
+pytest.register_assert_rewrite("helpers")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     import interpreter
