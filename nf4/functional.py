@@ -28,6 +28,7 @@ from nf4.ops.checks import (
 from nf4.ops.registry import call, is_transformed
 from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.tensor import NF4Tensor, check_fragments, check_nf4, packed_shape
+from nf4.tools.rows import as_rows
 
 
 def quantize(
@@ -315,7 +316,7 @@ def _scaled_linear(
         y = linear(x, q, bias)
         return y if output_factor is None else operators.times(y, output_factor)
     needs = output_factor is not None and output_factor.requires_grad and torch.is_grad_enabled()
-    rows = x.reshape(math.prod(x.shape[:-1]), k)
+    rows = as_rows(x)
     form = (needs, n, q.block_size, q.layout)
     y, _ = call("scaled_linear", rows, *q.parts(), bias, input_factor, output_factor, *form)
     out: Tensor = y.view(*x.shape[:-1], n)
@@ -358,14 +359,14 @@ def lora_linear(
 
     Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
     """
+    terms = (x, q, lora_A, lora_B, scaling, bias, dropout_p, seed)
     plain = type(scaling) in _NUMBERS and type(dropout_p) in _NUMBERS
     if plain and dropout_p == 0 and seed is None:
         others = (bias, lora_A, lora_B)
-        terms = (x, q, lora_A, lora_B, scaling, bias, 0.0, None)
         y = replay.product(q, x, others, scaling, lambda: _lora_linear(*terms))
         if y is not None:
             return y
-    return _lora_linear(x, q, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    return _lora_linear(*terms)
 
 
 _NUMBERS = (int, float)

@@ -14,6 +14,7 @@ from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.ops.registry import call, define, run, run_without_autocast
 from nf4.reference.embedding import embedding, gather_scales
 from nf4.reference.linear import accumulator
+from nf4.tools.rows import as_rows
 
 WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
 LAYOUT = "str layout='rows'"
@@ -230,8 +231,7 @@ def _linear_autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dx = call("linear_backward", dy, *ctx.saved_tensors, ctx.in_features, *ctx.form)
     if ctx.needs_input_grad[5]:
-        rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
-        dbias = rows.sum(dim=0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
+        dbias = as_rows(dy).sum(dim=0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
     return dx, None, None, None, None, dbias, None, None, None
 
 

@@ -27,21 +27,19 @@ def unflattened(y: Tensor, like: Tensor) -> Tensor:
 
 def of_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function of x ``[M, K]`` whose first result is ``[M, N]`` take ``[..., K]``."""
-
-    @wraps(function)
-    def flattening(x: Tensor, *args: Any) -> Any:
-        first, *others = function(as_rows(x), *args)
-        return first if first is None else unflattened(first, x), *others
-
-    return flattening
+    return _flattening(function, 1)
 
 
 def of_both_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Do as `of_rows` for a function whose second argument is a tensor of rows too, or None."""
+    return _flattening(function, 2)
 
+
+def _flattening(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     @wraps(function)
-    def flattening(x: Tensor, y: Tensor | None, *args: Any) -> Any:
-        first, *others = function(as_rows(x), None if y is None else as_rows(y), *args)
-        return first if first is None else unflattened(first, x), *others
+    def flattening(*args: Any) -> Any:
+        rows = [None if x is None else as_rows(x) for x in args[:count]]
+        first, *others = function(*rows, *args[count:])
+        return first if first is None else unflattened(first, args[0]), *others
 
     return flattening
