@@ -12,6 +12,7 @@ from nf4.codebook import ABSMAX_BLOCK_SIZE, BLOCK_SIZES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("packed", "absmax", "absmax2", "offset")
+PLAIN = {Tensor, torch.nn.Parameter}  # others may lie nowhere
 
 
 def mark() -> Tensor:
@@ -30,7 +31,7 @@ def is_mark(tensor: Any) -> bool:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether scales are finite numbers, as far as a tensor has values to look at."""
-    if type(tensor) not in _PLAIN or tensor.is_meta or not tensor.is_floating_point():
+    if type(tensor) not in PLAIN or tensor.is_meta or not tensor.is_floating_point():
         return True
     return bool(tensor.isfinite().all())
 
@@ -249,7 +250,7 @@ def _places(q: NF4Tensor) -> tuple[Any, ...] | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     packed, absmax, absmax2, offset = q.packed, q.absmax, q.absmax2, q.offset
-    if type(packed) not in _PLAIN or type(absmax) not in _PLAIN:
+    if type(packed) not in PLAIN or type(absmax) not in PLAIN:
         return None
     if absmax.requires_grad:
         return None
@@ -259,7 +260,7 @@ def _places(q: NF4Tensor) -> tuple[Any, ...] | None:
     )
     if absmax2 is None or offset is None:
         return own
-    if type(absmax2) not in _PLAIN or type(offset) not in _PLAIN:
+    if type(absmax2) not in PLAIN or type(offset) not in PLAIN:
         return None
     if absmax2.requires_grad or offset.requires_grad:
         return None
@@ -268,9 +269,6 @@ def _places(q: NF4Tensor) -> tuple[Any, ...] | None:
         *(absmax2.data_ptr(), absmax2.numel(), absmax2.dtype),
         *(offset.data_ptr(), offset.numel(), offset.dtype),
     )
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}  # others may lie nowhere
 
 
 def _check_parts(q: NF4Tensor, name: str) -> None:

@@ -79,9 +79,8 @@ class QuantizedModule(nn.Module):
             self.offset,
             layout,
         )
-        if (
-            not torch.compiler.is_compiling()
-        ):  # the layer remembers: a tensor kept would hold memory
+        # The layer remembers: a tensor kept would hold memory
+        if not torch.compiler.is_compiling():
             q.__dict__["_memo"] = self.__dict__.setdefault("_memo", {})
         return q
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nf4 import reference
+from nf4.tensor import PLAIN
 from nf4.tools import streams
 
 
@@ -164,7 +165,7 @@ def call(name: str, *args: Any) -> Any:
     grad, found = torch.is_grad_enabled(), False
     for a in args:
         kind = type(a)
-        if kind in _PLAIN:
+        if kind in PLAIN:
             if a.is_neg():
                 return operator(*args)
             found = found or (grad and a.requires_grad)
@@ -175,7 +176,6 @@ def call(name: str, *args: Any) -> Any:
     return compute(*args)
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
 _NO_TENSORS = {type(None), bool, int, float, str, list, torch.Size, torch.dtype}
 
 
@@ -221,9 +221,8 @@ def run(op: str, like: Tensor, *args: Any) -> Any:
         return function(*args)
     if kind == "cuda" and device.index == streams.current_gpu():
         return function(*args)
-    with torch.get_device_module(device).device(
-        device
-    ):  # kernels are launched on the current device
+    # Kernels are launched on the current device
+    with torch.get_device_module(device).device(device):
         return function(*args)
 
 

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nf4.ops import registry
-from nf4.tensor import NF4Tensor, memo_of
+from nf4.tensor import PLAIN, NF4Tensor, memo_of
 from nf4.tools import scratch, streams
 
 MOST_ROWS = 64  # beyond which a GPU takes longer than the host
@@ -161,7 +160,7 @@ def _key(
         if tensor is None:
             key.append(None)
             continue
-        plain = type(tensor) in registry._PLAIN and tensor.is_contiguous() and not tensor.is_neg()
+        plain = type(tensor) in PLAIN and tensor.is_contiguous() and not tensor.is_neg()
         if not plain or (grad and tensor.requires_grad) or streams.gpu_index(tensor) != device:
             return None
         key.append((tensor.dtype, tensor.shape))
