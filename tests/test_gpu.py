@@ -247,6 +247,18 @@ def test_gpu_scratch_grows_and_keeps_zeros(emulate) -> None:
     scratch.release_scratch()
 
 
+def test_gpu_scratch_keeps_few_views_of_a_buffer(emulate) -> None:
+    cpu = torch.device("cpu")
+    scratch.release_scratch()
+    made = [scratch.matrix("test", (m, 4), torch.float32, cpu) for m in range(1, 200)]
+    assert [view.shape[0] for view in made] == list(range(1, 200))
+    assert len({view.data_ptr() for view in made}) == 1
+    (views,) = scratch._views.values()
+    assert len(views) <= scratch._MOST_VIEWS < 199
+    scratch.release_scratch()
+    assert not scratch._views
+
+
 def test_gpu_plan_follows_its_table(emulate, monkeypatch, tmp_path) -> None:
     cpu = torch.device("cpu")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from nf4.tools import streams
 
 WITH_RELEASE: list[Callable[[], None]] = []  # lets go of what holds buffers elsewhere
+_MOST_VIEWS = 64  # kept of one buffer
 _Key = tuple[str, torch.device, int]
 _buffers: dict[_Key, Tensor] = {}
 _views: dict[_Key, dict[tuple[int, int], Tensor]] = {}  # of the buffers there are
@@ -47,6 +48,8 @@ def matrix(
         return buffer.view(shape)
     views = _views.setdefault(key, {})
     if shape not in views:
+        if len(views) >= _MOST_VIEWS:  # of sequences of ever new lengths
+            views.clear()
         views[shape] = buffer[:size].view(shape)
     return views[shape]
 
