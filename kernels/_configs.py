@@ -94,7 +94,7 @@ class Fit:
     efficiency: float
 
 
-# Fitted to 115 and 35 rows of bench/results/h200.json; the median error is 7 and 13 %
+# Fitted to 115 and 35 rows of bench/results/h200/sweep.json; the median error is 7 and 13 %
 FITS = {"matmul_small": Fit(4e-6, 300, 1, 0.7), "matmul": Fit(5e-6, 1500, 3, 0.4)}
 SPLIT_SECONDS = 2e-6  # of leaving sums and reading them again
 

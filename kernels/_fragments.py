@@ -26,7 +26,7 @@ SHUFFLE_WORD_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 2))
 
 @triton.jit
 def as_words(packed_ptr):
-    """Return a pointer to the bytes of a weight in fragments as one to its int32 words."""
+    """Return a pointer to bytes of a weight in fragments as one to int32 words of four."""
     return packed_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
@@ -124,8 +124,7 @@ def load_group(absmax_ptr, offs_n, group, N):
 
     For codes of whole groups alone, as K // BLOCK_SIZE a multiple of 4 has them.
     """
-    words_ptr = absmax_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    return tl.load(words_ptr + group.to(tl.int64) * N + offs_n)
+    return tl.load(as_words(absmax_ptr) + group.to(tl.int64) * N + offs_n)
 
 
 @triton.jit

@@ -97,11 +97,11 @@ class Launch:
         key = tuple(form)
         prepared = self._prepared.get(key)
         x, y, z = (*grid, 1, 1)[:3]
-        if prepared is None:
-            prepared = self._prepare(key, grid, args)
-        elif _is_watched(self.kernel) or bits & 15:
+        if bits & 15 or (prepared is not None and _is_watched(self.kernel)):
             self._launch(grid, args)
             prepared = None
+        elif prepared is None:
+            prepared = self._prepare(key, grid, args)
         else:
             stream = streams.current_stream(device)
             start = (x, y, z, stream, prepared.function, prepared.metadata, None, None, None)
@@ -115,10 +115,12 @@ class Launch:
     def _prepare(
         self, key: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...]
     ) -> "Prepared | None":
-        """Launch as Triton does, and keep what it compiled, if it can be run without Triton."""
+        """Launch as Triton does, and keep what it compiled, if it can be run without Triton.
+
+        All tensors begin at multiples of 16 bytes.
+        """
         compiled = self._launch(grid, args)
-        aligned = all(a.data_ptr() % 16 == 0 for a in args if isinstance(a, Tensor))
-        if compiled is None or torch.version.hip is not None or not aligned:
+        if compiled is None or torch.version.hip is not None:
             return None
         if len(self._prepared) >= _MOST:  # of sequences of ever new lengths
             self._prepared.clear()

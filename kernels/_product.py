@@ -111,8 +111,8 @@ def launch_product(
     kernel: Any,
     config: MatmulConfig,
     tiles: int,
-    y: Tensor,
     x: Tensor,
+    n: int,
     block_size: int,
     packed: Tensor,
     absmax: Tensor,
@@ -123,9 +123,12 @@ def launch_product(
     lora_B: Tensor | None,
     scaling: float,
     factor: Tensor | None,
-) -> None:
-    """Launch a kernel of kernels/matmul.py or matmul_small.py, which fills y ``[M, N]``."""
-    (m, n), k, device = y.shape, x.shape[1], x.device
+) -> Tensor:
+    """Launch a kernel of kernels/matmul.py or matmul_small.py, and return y ``[M, N]``."""
+    (m, k), device = x.shape, x.device
+    y = x.new_empty(m, n)
+    if m == 0:
+        return y
     rank = 0 if t is None else t.shape[1]
     parts, arrived = split_k_scratch(config, tiles, y)
     unroll = 4 if k % 256 == 0 else 2 if k % 128 == 0 else 1
@@ -138,6 +141,7 @@ def launch_product(
     terms = (t, lora_B, bias, factor)
     grid = (tiles, config.split_k)
     form(grid, x, *weight, *terms, y, parts, arrived, m, n, k, rank, scaling)
+    return y
 
 
 @lru_cache

@@ -139,19 +139,8 @@ def matmul(
 
 def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any) -> Tensor:
     """Multiply cut as config says; terms are the arguments of `matmul` from packed on."""
-    m = x.shape[0]
-    y = x.new_empty(m, n)
-    if m:
-        launch_product(
-            _matmul_kernel,
-            config,
-            -(-m // config.block_m) * -(-n // config.block_n),
-            y,
-            x,
-            block_size,
-            *terms,
-        )
-    return y
+    tiles = -(-x.shape[0] // config.block_m) * -(-n // config.block_n)
+    return launch_product(_matmul_kernel, config, tiles, x, n, block_size, *terms)
 
 
 def variants() -> list[Variant]:

@@ -164,19 +164,8 @@ def matmul_small(
 
 def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any) -> Tensor:
     """Multiply cut as config says; terms are the arguments of `matmul_small` from packed on."""
-    m, k = x.shape
-    y = x.new_empty(m, n)
-    if m:
-        launch_product(
-            _matmul_small_kernel,
-            config,
-            -(-n // config.block_n),
-            y,
-            x,
-            block_size,
-            *terms,
-        )
-    return y
+    tiles = -(-n // config.block_n)
+    return launch_product(_matmul_small_kernel, config, tiles, x, n, block_size, *terms)
 
 
 def variants() -> list[Variant]:
