@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -214,16 +214,13 @@ def tables(found: dict[str, Any]) -> str:
     cost = {**found["calls"], **found["layers"]}
     names = ("launches", "operators", "allocations")
     calls = [
-        [name, f"{us:.1f}", *_counted(found["does"][name], names)] for name, us in cost.items()
+        [name, f"{us:.1f}", *(str(found["does"][name][what]) for what in names)]
+        for name, us in cost.items()
     ]
     once = [[name, f"{ms:.0f}"] for name, ms in found["once"].items()]
     lines = heading("What calls cost the host", found)
     lines += table(["call, or a layer's step", "host µs", *names], calls)
     return "\n".join([*lines, *table(["once", "ms"], once)])
-
-
-def _counted(one: dict[str, int], names: Sequence[str]) -> list[str]:
-    return [str(one[name]) for name in names]
 
 
 def main() -> None:
