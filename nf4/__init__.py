@@ -4,14 +4,10 @@ Quantize tensors, layers and models to NF4, multiply by them, train adapters on 
 what four bits cost. Importing this package needs neither a GPU nor Triton.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from nf4 import losses
-from nf4.error.activations import collect_activation_stats
-from nf4.error.measured import model_error, quantization_error
-from nf4.files.checkpoint import load_adapter, save_adapter
-from nf4.files.export import export_checkpoint
-from nf4.files.stream import quantize_checkpoint
 from nf4.functional import (
     dequantize,
     embedding,
@@ -34,6 +30,14 @@ from nf4.models.quantize import quantize_model
 from nf4.ops.choice import explain
 from nf4.tensor import NF4Tensor
 from nf4.tools.scratch import release_scratch
+
+if TYPE_CHECKING:
+    from nf4.error.activations import collect_activation_stats
+    from nf4.error.measured import model_error, quantization_error
+    from nf4.error.theory import expected_error
+    from nf4.files.checkpoint import load_adapter, save_adapter
+    from nf4.files.export import export_checkpoint
+    from nf4.files.stream import quantize_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -73,13 +77,30 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import `expected_error` when it is asked for: scipy takes longer than all of nf4."""
-    if name != "expected_error":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from nf4.error.theory import expected_error
+# What neither quantizes nor multiplies, and is imported when it is asked for: where it is
+_LATER = {
+    "collect_activation_stats": "nf4.error.activations",
+    "expected_error": "nf4.error.theory",
+    "export_checkpoint": "nf4.files.export",
+    "load_adapter": "nf4.files.checkpoint",
+    "model_error": "nf4.error.measured",
+    "quantization_error": "nf4.error.measured",
+    "quantize_checkpoint": "nf4.files.stream",
+    "save_adapter": "nf4.files.checkpoint",
+}
 
-    return expected_error
+
+def __getattr__(name: str) -> Any:
+    """Import what is not needed at once: scipy alone takes longer than all of nf4."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the names there are, those not yet imported too."""
+    return sorted({*globals(), *__all__})
 
 
 # transformers and PEFT know 4-bit layers as soon as they are there, and cost nothing before
