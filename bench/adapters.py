@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nf4.bench import cases
+from nf4.tools.terms import Dropout
 
 DEFAULTS = cases.Options(shapes=[(512, 512)], rows=[64], ranks=[16, 64])
 ON_GPU = cases.Options(shapes=[(4096, 4096), (14336, 4096)], rows=[2048, 16384], ranks=[16, 64])
@@ -23,7 +24,7 @@ class Pass:
         t: ``[M, r]``.
         lora_A: float32 ``[r, K]``.
         lora_B: float32 ``[N, r]``.
-        dropout: arguments dropout_p and seed.
+        dropout: of x.
         name: of the dtype of x, dy and t.
     """
 
@@ -32,7 +33,7 @@ class Pass:
     t: Tensor
     lora_A: Tensor
     lora_B: Tensor
-    dropout: tuple[float, Tensor | None]
+    dropout: Dropout
     name: str
 
 
@@ -50,6 +51,6 @@ def make(
                 for p in (0.0, DROPOUT):
                     t = random(m, r, dtype=dtype)
                     sizes = {**weight.labels, "M": str(m), "r": str(r), "dropout": str(p)}
-                    dropout = (p, seed if p else None)
+                    dropout = Dropout(p, seed if p else None)
                     adapter = (random(r, k), random(n, r))
                     yield case(Pass(x, dy, t, *adapter, dropout, weight.name), sizes)

@@ -26,7 +26,7 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
     for weight in options.weights():
         w = options.random(*weight.shape, dtype=weight.dtype)
         q = nf4.quantize(w)
-        expected = reference.dequantize(*q.parts(), weight.shape, q.block_size, weight.dtype)
+        expected = reference.dequantize(q.as_weight(), weight.dtype)
         out = torch.full_like(w, torch.nan)
         cases.check_equal(nf4.dequantize(q), expected, "dequantize")
         cases.check_equal(nf4.dequantize(q, out=out), expected, "dequantize, out=")

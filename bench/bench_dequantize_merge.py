@@ -14,6 +14,7 @@ import nf4
 from nf4.bench import cases
 from nf4.bench.measure import Function
 from nf4.error.exact import product
+from nf4.tools.terms import LowRank
 
 TITLE = "dequantize_merge"
 DEFAULTS = cases.Options(shapes=[(1024, 1024)], ranks=[16, 64])
@@ -36,9 +37,7 @@ def make(options: cases.Options) -> Iterator[cases.Case]:
         q = nf4.to_fragments(nf4.quantize(w))
         for r in options.ranks:
             a, b = (options.random(*s) / 8 for s in ((r, k), (n, r)))
-            parts = (*q.parts(), a, b, 2.0, q.block_size, dtype)
-
-            fused = partial(merge, *parts)
+            fused = partial(merge, q.as_weight(), LowRank(a, b, 2.0), dtype)
             plus, low = nf4.dequantize(q, torch.float64), (2.0 * b.to(dtype), a.to(dtype))
             cases.check_right(fused(), product(*low, dtype, dtype, plus), "dequantize_merge")
             moved = q.nbytes + w.nbytes + a.nbytes + b.nbytes

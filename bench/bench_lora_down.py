@@ -24,13 +24,13 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     """Return what to time on one size."""
     device = p.x.device
     run = cases.kernel("lora_down", device)
-    args = (p.x, p.lora_A, *p.dropout)
+    args = (p.x, p.lora_A, p.dropout)
     cases.check_right(run(*args), exact.lora_down(*args), "lora_down")
     (m, k), r = p.x.shape, p.lora_A.shape[0]
     moved = p.x.nbytes + p.lora_A.nbytes + p.t.nbytes
 
     def torch_() -> torch.Tensor:
-        x = torch.nn.functional.dropout(p.x, p.dropout[0]) if p.dropout[0] else p.x
+        x = torch.nn.functional.dropout(p.x, p.dropout.p) if p.dropout.p else p.x
         return x @ p.lora_A.to(x.dtype).T
 
     functions = {cases.kernel_name(device): lambda: run(*args), "PyTorch": torch_}

@@ -25,9 +25,9 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     """Return what to time on one size."""
     device = p.dy.device
     run = cases.kernel("lora_grad", device)
-    dropped = p.dropout[1] is not None
+    dropped = p.dropout.seed is not None
     z, w = (p.x, None) if dropped else (p.dy, p.lora_B)
-    args = (z, p.t, w, 2.0, False, *p.dropout)
+    args = (z, p.t, w, 2.0, False, p.dropout)
     for ours, right in zip(run(*args), exact.lora_grad(*args), strict=True):
         if right is not None:
             cases.check_right(ours, right, "lora_grad")
@@ -36,7 +36,7 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     moved = z.nbytes + products * (p.t.nbytes + 4 * columns * r)
 
     def torch_() -> Any:
-        x = torch.nn.functional.dropout(z, p.dropout[0]) if dropped else z
+        x = torch.nn.functional.dropout(z, p.dropout.p) if dropped else z
         across = x.T @ p.t
         return across if w is None else (across, z @ w.to(z.dtype))
 

@@ -24,14 +24,14 @@ def case(p: adapters.Pass, labels: dict[str, str]) -> cases.Case:
     """Return what to time on one size."""
     device = p.dy.device
     run = cases.kernel("lora_up", device)
-    args = (p.t, p.lora_B.T, 2.0, None, *p.dropout)
+    args = (p.t, p.lora_B.T, 2.0, None, p.dropout)
     cases.check_right(run(*args), exact.lora_up(*args), "lora_up")
     (m, n), r = p.dy.shape, p.t.shape[1]
     moved = p.dy.nbytes + p.lora_B.nbytes + p.t.nbytes
 
     def torch_() -> torch.Tensor:
         y = (p.t @ p.lora_B.to(p.t.dtype).T).mul_(2.0)
-        return torch.nn.functional.dropout(y, p.dropout[0]) if p.dropout[0] else y
+        return torch.nn.functional.dropout(y, p.dropout.p) if p.dropout.p else y
 
     functions = {cases.kernel_name(device): lambda: run(*args), "PyTorch": torch_}
     functions["copy"] = cases.copy_of(moved, device)

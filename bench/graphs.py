@@ -30,6 +30,7 @@ from nf4.bench.markdown import heading, table
 from nf4.tools.cost import device_of, linear_limit_seconds, weight_bytes
 from nf4.tools.paths import write_file
 from nf4.tools.shapes import parse_shape
+from nf4.tools.terms import LowRank
 
 FORMAT = "nf4-graphs-1"
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "1024x4096", "28672x8192")
@@ -153,10 +154,9 @@ def _dense_writes(
         b = torch.randn(n, r, device=device)
         merged: dict[str, list[Callable[[], Any]]] = {}
         for dtype in (torch.float32, torch.bfloat16):
-            low = (a.to(dtype), b.to(dtype), 2.0, 64, torch.bfloat16)
-            args: list[tuple[Any, ...]] = [(*q.parts(), *low, o) for q, o in pairs]
+            low = LowRank(a.to(dtype), b.to(dtype), 2.0)
             name = f"nf4, A and B in {str(dtype).removeprefix('torch.')}"
-            merged[name] = [partial(merge, *each) for each in args]
+            merged[name] = [partial(merge, q.as_weight(), low, o.dtype, o) for q, o in pairs]
         yield Case("dequantize_merge", f"{n}×{k}, r = {r}", limit, merged)
 
 

@@ -18,6 +18,7 @@ import nf4
 from nf4.reference import dequantize as dequantize_reference
 from nf4.reference import quantize as quantize_reference
 from nf4.reference import quantize_absmax as absmax_reference
+from nf4.tensor import Weight
 
 Layer = Callable[[Tensor], Tensor]
 BLOCK_SIZE, SCALER_BLOCK_SIZE = 64, 256
@@ -92,9 +93,11 @@ def dequantizers(w: Tensor) -> dict[str, Callable[[], Tensor]]:
     if has("torchao"):
         found["torchao"] = _made(lambda: _torchao_quantize()(w).get_original_weight)
     if w.is_cuda:
-        packed, *rest = _reference_arguments(nf4.quantize(w))
-        compiled = Compiled(lambda packed: dequantize_reference.dequantize(packed, *rest))
-        found[COMPILED] = lambda: compiled(packed)
+        weight = nf4.quantize(w).as_weight()
+        compiled = Compiled(
+            lambda packed: dequantize_reference.dequantize(Weight(packed, *weight[1:]), w.dtype)
+        )
+        found[COMPILED] = lambda: compiled(weight.packed)
     return found
 
 
@@ -120,8 +123,8 @@ def layers(w: Tensor, q: nf4.NF4Tensor) -> dict[str, Layer]:
     if has("gemlite") and w.is_cuda:
         found["gemlite, uniform 4 bits"] = _made(lambda: _gemlite(w))
     if w.is_cuda:
-        arguments = _reference_arguments(q)
-        found[COMPILED] = Compiled(lambda x: x @ dequantize_reference.dequantize(*arguments).T)
+        weight = q.as_weight()
+        found[COMPILED] = Compiled(lambda x: x @ dequantize_reference.dequantize(weight, q.dtype).T)
     return found
 
 
@@ -214,10 +217,10 @@ def qlora_layers(
     if has("bitsandbytes") and has("peft"):
         found["bitsandbytes + PEFT"] = _made(lambda: _peft(w, *adapter))
     if w.is_cuda:
-        arguments = _reference_arguments(q)
+        weight = q.as_weight()
 
         def base(x: Tensor) -> Tensor:
-            return nn.functional.linear(x, dequantize_reference.dequantize(*arguments))
+            return nn.functional.linear(x, dequantize_reference.dequantize(weight, q.dtype))
 
         found[COMPILED] = Compiled(Adapted(base, *adapter))
     return found
@@ -281,11 +284,6 @@ def _bitsandbytes_quantize() -> Callable[[Tensor], tuple[Tensor, Any]]:
 def _torchao_quantize() -> Callable[[Tensor], Any]:
     sizes = {"block_size": BLOCK_SIZE, "scaler_block_size": SCALER_BLOCK_SIZE}
     return partial(torchao().from_tensor, **sizes)
-
-
-def _reference_arguments(q: nf4.NF4Tensor) -> tuple[Any, ...]:
-    """Return what the reference dequantizes q from, to its dtype."""
-    return (*q.parts(), tuple(q.shape), q.block_size, q.dtype)
 
 
 def _made(make: Callable[[], Any]) -> Any:

@@ -47,8 +47,7 @@ def kernel_alone(op: str, x: Tensor, q: nf4.NF4Tensor) -> dict[str, Callable[[],
     """Return what times a kernel without the choice of one; nothing where it cannot run."""
     if q.layout != "fragments" or x.dtype.itemsize != 2:
         return {}
-    n, block_size = q.shape[0], q.block_size
     if op in ("matmul_row", "matmul_small") and nf4.explain(x.shape, q, x.dtype).kernel != op:
         return {}
-    weight, run = q.parts(), cases.kernel(op, x.device)
-    return {f"nf4, {op} alone": lambda: run(x, *weight, None, None, None, 1.0, n, block_size)}
+    weight, run = q.as_weight(), cases.kernel(op, x.device)
+    return {f"nf4, {op} alone": lambda: run(x, weight)}

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
+from ..tensor import Weight
+from ..tools.terms import LowRank
 from ._aot import Variant
 from ._configs import MATRIX, padded_rank
 from ._fragments import as_words, decode_scales, decode_tile, load_codes, load_group, load_map
@@ -118,26 +120,18 @@ def merge_kernel(
         tl.store(out_ptrs, out.to(DTYPE), mask=mask_n[:, None])
 
 
-def write_dense(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    block_size: int,
-    out: Tensor,
-) -> None:
-    """Fill out, contiguous ``[N, K]``, 16 bits wide if there are lora_A and lora_B."""
+def write_dense(weight: Weight, low_rank: LowRank | None, out: Tensor) -> None:
+    """Fill out, contiguous ``[N, K]``, 16 bits wide if there is a low-rank update."""
     n, k = out.shape
+    packed, absmax, absmax2, offset, _, block_size, _ = weight
+    lora_A, lora_B, scaling, _ = (None, None, 1.0, None) if low_rank is None else low_rank
     rank = 0 if lora_A is None else lora_A.shape[0]
     grid = (-(-k // (64 * TILES)), -(-n // ROWS))
     tables = (absmax_map(out.device), nf4_levels(out.device))
-    weight = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
+    parts = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
     grouped = absmax.dtype == torch.uint8 and block_size == 64 and k % (64 * TILES) == 0
     form = _form(block_size, padded_rank(rank), grouped, _folds(scaling, out.dtype))
-    form(grid, *weight, lora_A, lora_B, out, n, k, rank, scaling)
+    form(grid, *parts, lora_A, lora_B, out, n, k, rank, scaling)
 
 
 def _folds(scaling: float, dtype: torch.dtype) -> bool:

@@ -1,7 +1,7 @@
 """What both products share: programs that split K, the low-rank term, bias, factor, the launch."""
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -9,7 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
+from ..tensor import Weight
 from ..tools.scratch import scratch, zeros
+from ..tools.terms import Epilogue
 from ._configs import MatmulConfig, padded_rank
 from ._launch import Launch, aligned
 
@@ -107,25 +109,35 @@ def split_k_scratch(config: MatmulConfig, tiles: int, y: Tensor) -> tuple[Tensor
     return parts, zeros("split_k arrived", tiles, torch.int32, y.device)
 
 
+class ProductForm(NamedTuple):
+    """What a product is compiled for beside its cut, as far as its kernel has constants for it.
+
+    Attributes:
+        block_size: elements that share one absmax.
+        unroll: tiles of 64 columns a step.
+        grouped: whether a step's blocks are a group of four codes a row.
+        whole: whether the blocks of a row are whole groups of four.
+        rank: 0, or the low-rank term's, padded.
+        has_bias: whether there is a bias.
+        has_factor: whether outputs have factors.
+    """
+
+    block_size: int
+    unroll: int
+    grouped: bool
+    whole: bool = True
+    rank: int = 0
+    has_bias: bool = False
+    has_factor: bool = False
+
+
 def launch_product(
-    kernel: Any,
-    config: MatmulConfig,
-    tiles: int,
-    x: Tensor,
-    n: int,
-    block_size: int,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    t: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    factor: Tensor | None,
+    kernel: Any, config: MatmulConfig, tiles: int, x: Tensor, weight: Weight, epilogue: Epilogue
 ) -> Tensor:
     """Launch a kernel of kernels/matmul.py or matmul_small.py, and return y ``[M, N]``."""
-    (m, k), device = x.shape, x.device
+    (m, k), n, device = x.shape, weight.shape[0], x.device
+    packed, absmax, absmax2, offset, _, block_size, _ = weight
+    bias, t, lora_B, scaling, factor = epilogue
     y = x.new_empty(m, n)
     if m == 0:
         return y
@@ -135,38 +147,28 @@ def launch_product(
     grouped = unroll == 4 and block_size == 64 and absmax.dtype == torch.uint8
     ends = (padded_rank(rank), bias is not None, factor is not None)
     whole = k // block_size % 4 == 0
-    form = product_form(kernel, config, block_size, unroll, grouped, whole, *ends)
+    form = product_form(kernel, config, ProductForm(block_size, unroll, grouped, whole, *ends))
     tables = (absmax_map(device), nf4_levels(device))
-    weight = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
+    held = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
     terms = (t, lora_B, bias, factor)
     grid = (tiles, config.split_k)
-    form(grid, x, *weight, *terms, y, parts, arrived, m, n, k, rank, scaling)
+    form(grid, x, *held, *terms, y, parts, arrived, m, n, k, rank, scaling)
     return y
 
 
 @lru_cache
-def product_form(
-    kernel: Any,
-    config: MatmulConfig,
-    block_size: int,
-    unroll: int,
-    grouped: bool,
-    whole: bool,
-    padded: int,
-    has_bias: bool,
-    has_factor: bool,
-) -> Launch:
-    """Return how a product is launched; what its kernel has no constant for is left out."""
+def product_form(kernel: Any, config: MatmulConfig, form: ProductForm) -> Launch:
+    """Return how a product is launched."""
     constants = {
-        "BLOCK_SIZE": block_size,
+        "BLOCK_SIZE": form.block_size,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "UNROLL": unroll,
-        "GROUPED": grouped,
-        "WHOLE": whole,
+        "UNROLL": form.unroll,
+        "GROUPED": form.grouped,
+        "WHOLE": form.whole,
         "SPLIT_K": config.split_k,
-        "RANK": padded,
-        "HAS_BIAS": has_bias,
-        "HAS_FACTOR": has_factor,
+        "RANK": form.rank,
+        "HAS_BIAS": form.has_bias,
+        "HAS_FACTOR": form.has_factor,
     }
     return Launch(kernel, constants, config.num_warps, config.num_stages)

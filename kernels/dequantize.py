@@ -9,7 +9,6 @@ Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -18,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
+from ..tensor import Weight
 from ._aot import Variant
 from ._decode import decode_absmax, decode_bytes
 from ._launch import Launch
@@ -66,34 +66,23 @@ def _dequantize_kernel(
         tl.store(out_ptrs, out, mask=out_offs // group * group < left)
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    dtype: torch.dtype,
-    layout: str = "rows",
-    out: Tensor | None = None,
-) -> Tensor:
+def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Dequantize to a dense tensor; arguments as in nf4/reference/dequantize.py."""
     if out is not None and not out.is_contiguous():
-        parts = (packed, absmax, absmax2, offset)
-        return out.copy_(dequantize(*parts, shape, block_size, dtype, layout))
-    packed, absmax = packed.contiguous(), absmax.contiguous()
-    absmax2 = None if absmax2 is None else absmax2.contiguous()
-    n = math.prod(shape)
+        return out.copy_(dequantize(weight, dtype))
+    weight = weight.contiguous()
+    packed, absmax, absmax2, offset, shape, block_size, layout = weight
+    n, device = math.prod(shape), packed.device
     if out is None:
-        out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+        out = torch.empty(tuple(shape), dtype=dtype, device=device)
     if n == 0:
         return out
     if layout == "fragments":
-        write_dense(packed, absmax, absmax2, offset, None, None, 1.0, block_size, out)
+        write_dense(weight, None, out)
         return out
     taken = max(TILE_BYTES, block_size // 2) * 2  # by a program
     mask_bytes = 0 if n % taken == 0 else 4 if n % 8 == 0 else 1
-    tables = (absmax_map(packed.device), nf4_levels(packed.device))
+    tables = (absmax_map(device), nf4_levels(device))
     _form(block_size, mask_bytes)(
         (-(-n // taken),), packed, absmax, absmax2, offset, *tables, out, n
     )

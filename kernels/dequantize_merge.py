@@ -9,27 +9,19 @@ Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxi
 import torch
 from torch import Tensor
 
+from ..tensor import Weight
+from ..tools.terms import LowRank
 from ._aot import Variant
 from ._merge import merge_variants, write_dense
 
 
 def dequantize_merge(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    block_size: int,
-    dtype: torch.dtype,
-    out: Tensor | None = None,
+    weight: Weight, low_rank: LowRank, dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """Dequantize and add; arguments as in nf4/reference/dequantize_merge.py."""
     if out is None:
-        shape = (lora_B.shape[0], lora_A.shape[1])
-        out = torch.empty(shape, dtype=dtype, device=packed.device)
-    write_dense(packed, absmax, absmax2, offset, lora_A, lora_B, scaling, block_size, out)
+        out = torch.empty(tuple(weight.shape), dtype=dtype, device=weight.device)
+    write_dense(weight, low_rank, out)
     return out
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tools.dropout import dropout_threshold
+from ..tools.terms import Dropout
 from ._aot import Variant
 from ._configs import MATRIX, MatmulConfig, lora_down_config, lora_down_warps
 from ._dropout import keep
@@ -69,9 +70,7 @@ def _lora_down_kernel(
         tl.store(t_ptrs, t.to(t_ptr.dtype.element_ty), mask=mask)
 
 
-def lora_down(
-    x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None, out: Tensor | None = None
-) -> Tensor:
+def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, out: Tensor | None = None) -> Tensor:
     """Return t; arguments as in nf4/reference/lora_down.py."""
     rank, k = lora_A.shape
     m = math.prod(x.shape[:-1])
@@ -81,9 +80,9 @@ def lora_down(
     config = lora_down_config(m, k, rank, x.device)
     tiles = -(-m // config.block_m)
     parts, arrived = split_k_scratch(config, tiles, t)
-    form = _form(config, _block_k(rank), seed is not None)
-    dropout = (dropout_threshold(dropout_p), 1 / (1 - dropout_p))
-    form((tiles, config.split_k), x, lora_A, seed, t, parts, arrived, m, k, rank, *dropout)
+    form = _form(config, _block_k(rank), dropout.seed is not None)
+    kept = (dropout_threshold(dropout.p), 1 / (1 - dropout.p))
+    form((tiles, config.split_k), x, lora_A, dropout.seed, t, parts, arrived, m, k, rank, *kept)
     return t
 
 

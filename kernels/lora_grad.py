@@ -20,6 +20,7 @@ from torch import Tensor
 from ..tools.cost import DEVICES, Device, device_of
 from ..tools.dropout import dropout_threshold
 from ..tools.scratch import scratch
+from ..tools.terms import Dropout
 from ._aot import Variant
 from ._configs import MFMA, MMA, WGMMA, has_wgmma, is_amd, padded_rank
 from ._dropout import keep
@@ -197,8 +198,7 @@ def lora_grad(
     w: Tensor | None,
     scaling: float,
     need_sums: bool,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the products and sums; arguments as in nf4/reference/lora_grad.py."""
@@ -220,13 +220,13 @@ def lora_grad(
         parts = scratch("lora_grad parts", size, torch.float32, device)
     else:
         parts = torch.empty(size, **options)
-    form, add = _forms(cut, rank, has_w, need_sums, seed is not None, transposed)
+    form, add = _forms(cut, rank, has_w, need_sums, dropout.seed is not None, transposed)
     sizes = (first_along, first_sums, m, c, rank)
-    threshold = dropout_threshold(dropout_p)
-    form((strips, chunks), z, v, w, seed, parts, *sizes, cut.rows_a_chunk, threshold)
+    threshold = dropout_threshold(dropout.p)
+    form((strips, chunks), z, v, w, dropout.seed, parts, *sizes, cut.rows_a_chunk, threshold)
     added = (c * rank, m * rank * has_w, c * need_sums)
     programs = sum(-(-size // ADDED) for size in added)
-    factors = (scaling / (1 - dropout_p), float(scaling))
+    factors = (scaling / (1 - dropout.p), float(scaling))
     add((programs,), parts, across, along, sums, *sizes, chunks, strips, *factors)
     return across, along, sums
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tools.dropout import dropout_threshold
+from ..tools.terms import Dropout
 from ._aot import Variant
 from ._configs import MATRIX, padded_rank
 from ._dropout import keep
@@ -67,23 +68,16 @@ def _lora_up_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
-def lora_up(
-    t: Tensor,
-    b: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
+def lora_up(t: Tensor, b: Tensor, scaling: float, bias: Tensor | None, dropout: Dropout) -> Tensor:
     """Return the sum; arguments as in nf4/reference/lora_up.py."""
     (m, rank), n = t.shape, b.shape[1]
     out = torch.empty(m, n, dtype=t.dtype, device=t.device)
     if m == 0:
         return out
-    form = _form(padded_rank(rank), bias is not None, seed is not None)
+    form = _form(padded_rank(rank), bias is not None, dropout.seed is not None)
     grid = (-(-n // BLOCK_N), -(-m // BLOCK_M))
-    dropout = (dropout_threshold(dropout_p), 1 / (1 - dropout_p))
-    form(grid, t, b, bias, seed, out, m, n, rank, *b.stride(), scaling, *dropout)
+    kept = (dropout_threshold(dropout.p), 1 / (1 - dropout.p))
+    form(grid, t, b, bias, dropout.seed, out, m, n, rank, *b.stride(), scaling, *kept)
     return out
 
 

@@ -10,12 +10,13 @@ Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxi
 """
 
 from dataclasses import replace
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tensor import Weight
+from ..tools.terms import PLAIN_SUMS, Epilogue
 from ._aot import Variant
 from ._configs import (
     MATMUL,
@@ -28,7 +29,7 @@ from ._configs import (
     matmul_config,
 )
 from ._fragments import as_words, decode_tile, load_scales
-from ._product import add_parts, finish, launch_product, product_form
+from ._product import ProductForm, add_parts, finish, launch_product, product_form
 
 
 @triton.jit
@@ -117,30 +118,16 @@ def _matmul_kernel(
         )
 
 
-def matmul(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    t: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    out_features: int,
-    block_size: int,
-    factor: Tensor | None = None,
-) -> Tensor:
+def matmul(x: Tensor, weight: Weight, epilogue: Epilogue = PLAIN_SUMS) -> Tensor:
     """Multiply by a weight in fragments; arguments as in nf4/reference/matmul.py."""
-    config = matmul_config(x.shape[0], out_features, x.shape[1], x.device)
-    terms = (packed, absmax, absmax2, offset, bias, t, lora_B, scaling, factor)
-    return launch(config, x, out_features, block_size, *terms)
+    config = matmul_config(x.shape[0], *weight.shape, x.device)
+    return launch(config, x, weight, epilogue)
 
 
-def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any) -> Tensor:
-    """Multiply cut as config says; terms are the arguments of `matmul` from packed on."""
-    tiles = -(-x.shape[0] // config.block_m) * -(-n // config.block_n)
-    return launch_product(_matmul_kernel, config, tiles, x, n, block_size, *terms)
+def launch(config: MatmulConfig, x: Tensor, weight: Weight, epilogue: Epilogue) -> Tensor:
+    """Multiply cut as config says."""
+    tiles = -(-x.shape[0] // config.block_m) * -(-weight.shape[0] // config.block_n)
+    return launch_product(_matmul_kernel, config, tiles, x, weight, epilogue)
 
 
 def variants() -> list[Variant]:
@@ -150,9 +137,10 @@ def variants() -> list[Variant]:
         config: MatmulConfig, targets: tuple[str, ...], rank: int, name: str = ""
     ) -> Variant:
         split = replace(config, split_k=1 if config.block_n == 128 else 4)
+        form = ProductForm(64, 4, True, True, rank, rank > 0, rank == 256)
         return Variant(
             f"matmul, {config.block_m}×{config.block_n}, rank {rank}{name}",
-            product_form(_matmul_kernel, split, 64, 4, True, True, rank, rank > 0, rank == 256),
+            product_form(_matmul_kernel, split, form),
             config.block_n * 64,
             indivisible=("M", "rank"),
             targets=targets,

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
+from ..tensor import Weight
+from ..tools.terms import PLAIN_SUMS, Epilogue
 from ._aot import Variant
 from ._configs import MMA, WGMMA, padded_rank
 from ._fragments import as_words, decode_words
@@ -197,31 +199,19 @@ def takes(k: int, block_size: int) -> bool:
     return k % GROUP == 0 and block_size == 64
 
 
-def matmul_row(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    t: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    out_features: int,
-    block_size: int,
-    factor: Tensor | None = None,
-) -> Tensor:
+def matmul_row(x: Tensor, weight: Weight, epilogue: Epilogue = PLAIN_SUMS) -> Tensor:
     """Multiply rows by a weight that the kernel `takes`; as nf4/reference/matmul_row.py."""
-    (m, k), device = x.shape, x.device
-    y = x.new_empty(m, out_features)
+    (m, k), n, device = x.shape, weight.shape[0], x.device
+    bias, t, lora_B, scaling, factor = epilogue
+    y = x.new_empty(m, n)
     if m == 0:
         return y
     rank = 0 if t is None else t.shape[1]
     form = _form(m, k, padded_rank(rank), bias is not None, factor is not None)
     tables = (absmax_map(device), nf4_levels(device))
-    weight = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
+    parts = (aligned(weight.packed), aligned(weight.absmax), weight.absmax2, weight.offset)
     terms = (t, lora_B, bias, factor)
-    form((out_features // 16,), aligned(x), *weight, *terms, y, out_features, k, rank, scaling)
+    form((n // 16,), aligned(x), *parts, *tables, *terms, y, n, k, rank, scaling)
     return y
 
 

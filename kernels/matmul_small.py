@@ -9,17 +9,18 @@ Sources: QLoRA, section 3 (https://arxiv.org/abs/2305.14314); LoRA (https://arxi
 """
 
 from dataclasses import replace
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tensor import Weight
+from ..tools.terms import PLAIN_SUMS, Epilogue
 from ._aot import Variant
 from ._configs import MATMUL_SMALL, MATRIX, SMALL_M, WGMMA, MatmulConfig, matmul_small_config
 from ._fragments import as_words, load_group, load_group_scales, load_scales
 from ._levels16 import decode_levels
-from ._product import add_parts, finish, launch_product, product_form
+from ._product import ProductForm, add_parts, finish, launch_product, product_form
 
 
 @triton.jit
@@ -142,30 +143,16 @@ def _matmul_small_kernel(
         )
 
 
-def matmul_small(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    t: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    out_features: int,
-    block_size: int,
-    factor: Tensor | None = None,
-) -> Tensor:
+def matmul_small(x: Tensor, weight: Weight, epilogue: Epilogue = PLAIN_SUMS) -> Tensor:
     """Multiply few rows; arguments as in nf4/reference/matmul.py, block_size at least 64."""
-    config = matmul_small_config(x.shape[0], out_features, x.shape[1], x.device)
-    terms = (packed, absmax, absmax2, offset, bias, t, lora_B, scaling, factor)
-    return launch(config, x, out_features, block_size, *terms)
+    config = matmul_small_config(x.shape[0], *weight.shape, x.device)
+    return launch(config, x, weight, epilogue)
 
 
-def launch(config: MatmulConfig, x: Tensor, n: int, block_size: int, *terms: Any) -> Tensor:
-    """Multiply cut as config says; terms are the arguments of `matmul_small` from packed on."""
-    tiles = -(-n // config.block_n)
-    return launch_product(_matmul_small_kernel, config, tiles, x, n, block_size, *terms)
+def launch(config: MatmulConfig, x: Tensor, weight: Weight, epilogue: Epilogue) -> Tensor:
+    """Multiply cut as config says."""
+    tiles = -(-weight.shape[0] // config.block_n)
+    return launch_product(_matmul_small_kernel, config, tiles, x, weight, epilogue)
 
 
 def variants() -> list[Variant]:
@@ -176,10 +163,11 @@ def variants() -> list[Variant]:
         targets, split_k = (("sm_90",), 1) if widest else (WGMMA, split_k)
         ends = (rank > 0, unroll == 1)
         split = replace(config, split_k=split_k)
+        form = ProductForm(64, unroll, unroll == 4, True, rank, *ends)
         return Variant(
             f"matmul_small, {config.block_m}×{config.block_n}, unrolled {unroll}, "
             f"split {split_k}, rank {rank}",
-            product_form(_matmul_small_kernel, split, 64, unroll, unroll == 4, True, rank, *ends),
+            product_form(_matmul_small_kernel, split, form),
             config.block_n * 64 * unroll,
             indivisible=("M", "rank"),
             targets=MATRIX if config.block_m == SMALL_M else targets,

@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..reference.repack import reorder_scales
+from ..tensor import Weight
 from ._aot import Variant
 from ._launch import Launch
 
@@ -44,15 +44,14 @@ def _repack_kernel(
         tl.store(out_ptr + start + in_rows, (byte << 4) | (byte >> 4), mask=mask)
 
 
-def repack(
-    packed: Tensor, absmax: Tensor, rows: int, columns: int, layout: str
-) -> tuple[Tensor, Tensor]:
-    """Return packed and absmax in a layout; arguments as in nf4/reference/repack.py."""
-    to_fragments = layout == "fragments"
-    out = torch.empty_like(packed, memory_format=torch.contiguous_format)
+def repack(weight: Weight, layout: str) -> Weight:
+    """Return a matrix in the other layout; arguments as in nf4/reference/repack.py."""
+    rows, columns = weight.shape
+    out = torch.empty_like(weight.packed, memory_format=torch.contiguous_format)
     grid = (rows // 16, -(-columns // TILE_COLUMNS))
-    _form(to_fragments)(grid, packed.contiguous(), out, columns // 2)
-    return out, reorder_scales(absmax, rows, layout)
+    _form(layout == "fragments")(grid, weight.packed.contiguous(), out, columns // 2)
+    absmax = reorder_scales(weight.absmax, rows, layout)
+    return weight._replace(packed=out, absmax=absmax, layout=layout)
 
 
 @lru_cache

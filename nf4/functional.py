@@ -1,6 +1,6 @@
 """Quantize, dequantize and multiply: the public functions; they check all arguments.
 
-What they compute, and how gradients flow, is registered in `nf4.ops.operators`.
+What they compute, and how gradients flow, is in the operators of `nf4.ops`.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nf4.ops import operators, replay  # operators registers them
+from nf4.ops import replay
 from nf4.ops.checks import (
     check_block_size,
     check_dequantize_out,
@@ -26,9 +26,11 @@ from nf4.ops.checks import (
     check_weights,
 )
 from nf4.ops.registry import call, is_transformed
-from nf4.reference.dequantize_absmax import dequantize_absmax
+from nf4.ops.scaled_linear import times
+from nf4.reference import dequantize_absmax as reference
 from nf4.tensor import NF4Tensor, check_fragments, check_nf4, packed_shape
 from nf4.tools.rows import as_rows
+from nf4.tools.terms import NO_DROPOUT, Dropout
 
 
 def quantize(
@@ -152,9 +154,7 @@ def dequantize(
 
 def scales_of(q: NF4Tensor) -> Tensor:
     """Return the scales of a tensor's blocks as numbers: float32, in the order of its layout."""
-    if q.absmax2 is None or q.offset is None:
-        return q.absmax.detach()
-    return dequantize_absmax(q.absmax.detach(), q.absmax2, q.offset)
+    return reference.scales_of(q.as_weight()).detach()
 
 
 def dequantize_rows(q: NF4Tensor, step: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -312,9 +312,9 @@ def _scaled_linear(
     check_no_tangent(x, bias, input_factor, output_factor)
     x = _autocast(x)
     if is_transformed():  # whose second derivatives the fused operator could not refuse
-        x = x if input_factor is None else operators.times(x, input_factor)
+        x = x if input_factor is None else times(x, input_factor)
         y = linear(x, q, bias)
-        return y if output_factor is None else operators.times(y, output_factor)
+        return y if output_factor is None else times(y, output_factor)
     needs = output_factor is not None and output_factor.requires_grad and torch.is_grad_enabled()
     rows = as_rows(x)
     form = (needs, n, q.block_size, q.layout)
@@ -359,14 +359,14 @@ def lora_linear(
 
     Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
     """
-    terms = (x, q, lora_A, lora_B, scaling, bias, dropout_p, seed)
+    terms = (x, q, (lora_A, lora_B), scaling, bias)
     plain = type(scaling) in _NUMBERS and type(dropout_p) in _NUMBERS
     if plain and dropout_p == 0 and seed is None:
         others = (bias, lora_A, lora_B)
-        y = replay.product(q, x, others, scaling, lambda: _lora_linear(*terms))
+        y = replay.product(q, x, others, scaling, lambda: _lora_linear(*terms, NO_DROPOUT))
         if y is not None:
             return y
-    return _lora_linear(*terms)
+    return _lora_linear(*terms, Dropout(dropout_p, seed))
 
 
 _NUMBERS = (int, float)
@@ -375,13 +375,12 @@ _NUMBERS = (int, float)
 def _lora_linear(
     x: Tensor,
     q: NF4Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
+    factors: tuple[Tensor, Tensor],
     scaling: float | Tensor,
     bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout,
 ) -> Tensor:
+    (lora_A, lora_B), (dropout_p, seed) = factors, dropout
     check_linear(x, q, bias)
     check_lora(x, q, lora_A, lora_B, scaling)
     check_no_tangent(x, bias, lora_A, lora_B)

@@ -1,9 +1,9 @@
-"""NF4Tensor: a quantized tensor as plain tensors and their meaning."""
+"""A quantized tensor as plain tensors and their meaning: NF4Tensor, and beneath it Weight."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NoReturn, overload
+from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -41,6 +41,47 @@ def packed_shape(shape: torch.Size) -> torch.Size:
     if len(shape) and shape[-1] % 2 == 0:
         return torch.Size((*shape[:-1], shape[-1] // 2))
     return torch.Size(((shape.numel() + 1) // 2,))
+
+
+class Weight(NamedTuple):
+    """A quantized tensor as references, kernels and a CPU's functions take it, unchecked.
+
+    Attributes:
+        packed: uint8, ``ceil(n / 2)`` bytes for n elements; a matrix ``[N, K / 2]`` in fragments.
+        absmax: float32 ``[ceil(n / block_size)]``, or its uint8 codes if double-quantized.
+        absmax2: float32 ``[ceil(blocks / 256)]``; None without double quantization.
+        offset: float32 ``[]``; None without double quantization.
+        shape: sizes of the tensor, n elements in all; of a matrix N and K.
+        block_size: elements that share one absmax.
+        layout: order of packed and absmax, "rows" or "fragments", see nf4/reference/repack.py.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    absmax2: Tensor | None
+    offset: Tensor | None
+    shape: Sequence[int]
+    block_size: int
+    layout: str = "rows"
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are quantized too."""
+        return self.absmax2 is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the packed bytes."""
+        return self.packed.device
+
+    def contiguous(self) -> "Weight":
+        """Return the weight as kernels read it, itself if its parts are contiguous."""
+        packed, absmax, absmax2 = self[:3]
+        codes = packed.is_contiguous() and absmax.is_contiguous()
+        if codes and (absmax2 is None or absmax2.is_contiguous()):
+            return self
+        absmax2 = None if absmax2 is None else absmax2.contiguous()
+        return Weight(packed.contiguous(), absmax.contiguous(), absmax2, *self[3:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +158,10 @@ class NF4Tensor:
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return packed, absmax, absmax2 and offset, the last two None if not double-quantized."""
         return self.packed, self.absmax, self.absmax2, self.offset
+
+    def as_weight(self) -> Weight:
+        """Return what references and kernels take."""
+        return Weight(*self.parts(), self.shape, self.block_size, self.layout)
 
     def with_parts(self, parts: Iterable[Tensor | None], **changes: Any) -> "NF4Tensor":
         """Return a tensor of the same form with other `parts`, and other fields if given."""

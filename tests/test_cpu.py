@@ -28,12 +28,10 @@ from nf4.reference import dequantize as reference_dequantize
 from nf4.reference import dropout_mask as reference_dropout_mask
 from nf4.reference import quantize as reference_quantize
 from nf4.reference import quantize_absmax as reference_quantize_absmax
+from nf4.tensor import Weight
+from nf4.tools.terms import Dropout, LowRank
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def parts(q: nf4.NF4Tensor) -> tuple:
-    return q.packed, q.absmax, q.absmax2, q.offset
 
 
 def same_bits(ours: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -117,7 +115,7 @@ def test_cpu_quantize_absmax_equals_reference(blocks, kind) -> None:
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_cpu_dequantize_equals_reference(block_size, shape, dtype, double_quant) -> None:
     q = nf4.quantize(torch.randn(shape), block_size, double_quant)
-    args = (*parts(q), shape, block_size, dtype)
+    args = (q.as_weight(), dtype)
     ours = cpu_dequantize.dequantize(*args)
     assert ours.shape == torch.Size(shape)
     assert ours.untyped_storage().nbytes() == ours.nbytes
@@ -129,7 +127,7 @@ def test_cpu_dequantize_every_byte_and_scale(dtype) -> None:
     scales = [1.0, 0.0, -1.0, 2.0**-126, 1e-45, 3.4e38, torch.inf, torch.nan]
     absmax = torch.tensor(scales).repeat_interleave(8)
     packed = torch.arange(256, dtype=torch.uint8).repeat(8)
-    args = (packed, absmax, None, None, (4096,), 64, dtype)
+    args = (Weight(packed, absmax, None, None, (4096,), 64), dtype)
     assert same_bits(cpu_dequantize.dequantize(*args), reference_dequantize.dequantize(*args))
 
 
@@ -137,9 +135,9 @@ def test_cpu_dequantize_reads_strided_parts() -> None:
     q = nf4.quantize(torch.randn(64, 64), double_quant=False)
     packed = torch.stack([q.packed, q.packed + 1], dim=-1)[..., 0]
     absmax = torch.stack([q.absmax, -q.absmax], dim=-1)[..., 0]
-    args = (None, None, (64, 64), 64, torch.float32)
-    ours = cpu_dequantize.dequantize(packed, absmax, *args)
-    assert torch.equal(ours, reference_dequantize.dequantize(q.packed, q.absmax, *args))
+    strided = q.as_weight()._replace(packed=packed, absmax=absmax)
+    ours = cpu_dequantize.dequantize(strided, torch.float32)
+    assert torch.equal(ours, reference_dequantize.dequantize(q.as_weight(), torch.float32))
 
 
 @pytest.mark.parametrize("openmp", [True, False], ids=["openmp", "pool"])
@@ -153,7 +151,7 @@ def test_cpu_dequantize_is_the_same_on_any_number_of_threads(threads, openmp, mo
     monkeypatch.setattr(cpu_dequantize, "STRIP", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     q = nf4.quantize(torch.randn(37, 130))
-    args = (*parts(q), (37, 130), 64, torch.bfloat16)
+    args = (q.as_weight(), torch.bfloat16)
     assert same_bits(cpu_dequantize.dequantize(*args), reference_dequantize.dequantize(*args))
 
 
@@ -260,11 +258,11 @@ def check(found: torch.Tensor, right: exact.Exact, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_linear_and_its_gradient_are_right(case, dtype, units) -> None:
     x, dy, q, bias = case
-    (n, k), none = q.shape, (torch.empty(0, q.shape[1]), torch.empty(q.shape[0], 0))
+    none = (torch.empty(0, q.shape[1]), torch.empty(q.shape[0], 0))
     x, dy = x.to(dtype), dy.to(dtype)
     right = exact.LoraLinear(x, q, *none, 1.0, bias, dy)
-    check(cpu_linear.linear(x, *parts(q), bias, n, q.block_size), right.y, dtype)
-    check(cpu_linear.linear_backward(dy, *parts(q), k, q.block_size), right.dx, dtype)
+    check(cpu_linear.linear(x, q.as_weight(), bias), right.y, dtype)
+    check(cpu_linear.linear_backward(dy, q.as_weight()), right.dx, dtype)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
@@ -273,13 +271,13 @@ def test_cpu_lora_linear_and_its_gradients_are_right(case, dtype, dropout_p, uni
     x, dy, q, bias = case
     x, dy, a, b = x.to(dtype), dy.to(dtype), torch.randn(4, q.shape[1]), torch.randn(q.shape[0], 4)
     seed = torch.tensor(7) if dropout_p else None
-    low, block_size = (a, b, 0.5, dropout_p, seed), q.block_size
-    y, t = cpu_lora_linear.lora_linear(x, *parts(q), bias, *low, True, block_size)
-    grads = cpu_lora_linear.lora_linear_backward(dy, x, t, *parts(q), *low, block_size, [True] * 4)
+    weight, low_rank = q.as_weight(), LowRank(a, b, 0.5, Dropout(dropout_p, seed))
+    y, t = cpu_lora_linear.lora_linear(x, weight, low_rank, bias, True)
+    grads = cpu_lora_linear.lora_linear_backward(dy, x, t, weight, low_rank, [True] * 4)
     keep = reference_dropout_mask.dropout_mask(seed, x.shape, dropout_p) if dropout_p else None
     right = exact.LoraLinear(x, q, a, b, 0.5, bias, dy, keep, dropout_p)
     check(y, right.y, dtype)
-    check(t, exact.lora_down(x, a, dropout_p, seed), dtype)
+    check(t, exact.lora_down(x, a, low_rank.dropout), dtype)
     for name, found in zip(("dx", "dbias", "dA", "dB"), grads, strict=True):
         check(found, getattr(right, name), dtype if name == "dx" else torch.float32)
 
@@ -371,12 +369,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     packed, absmax = quantize.quantize(w, 64)
     expected = reference_quantize.quantize(w, 64)
     assert torch.equal(packed, expected[0]) and torch.equal(absmax, expected[1])
-    args = (packed, absmax, None, None, (9, 4096), 64, dtype)
-    dense = dequantize.dequantize(*args)
-    assert torch.equal(dense, reference_dequantize.dequantize(*args))
-    x = torch.randn(7, 4096)
-    y = few_rows.product(x, packed, absmax, None, None, None, 9, 64)
     q = nf4.NF4Tensor(packed.view(9, 2048), absmax, w.shape, dtype)
+    dense = dequantize.dequantize(q.as_weight(), dtype)
+    assert torch.equal(dense, reference_dequantize.dequantize(q.as_weight(), dtype))
+    x = torch.randn(7, 4096)
+    y = few_rows.product(x, q.as_weight(), None)
     assert exact.linear(x, q).share(y) <= 1
 compiled = list(dequantize._loop.inspect_asm().values())
 assert compiled and not any("zmm" in asm for asm in compiled)

@@ -5,6 +5,7 @@ from helpers import lazy_zeros
 import nf4
 from nf4.codebook import BLOCK_SIZES, NF4_LEVELS
 from nf4.reference import dequantize as reference
+from nf4.tensor import Weight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -74,7 +75,7 @@ KERNEL_BLOCK_SIZES = (32, 64, 512, 4096)
 
 
 def check_kernel(kernel, q: nf4.NF4Tensor, dtype: torch.dtype) -> None:
-    args = (q.packed, q.absmax, q.absmax2, q.offset, q.shape, q.block_size, dtype)
+    args = (q.as_weight(), dtype)
     ours, expected = kernel.dequantize(*args), reference.dequantize(*args)
     assert torch.equal(ours, expected)
     assert torch.equal(ours.signbit(), expected.signbit())
@@ -99,7 +100,8 @@ def test_dequantize_kernel_every_byte_at_any_alignment(offset, device) -> None:
     from nf4.kernels import dequantize as kernel
 
     bytes_ = torch.arange(offset + 512, device=device).remainder(256).to(torch.uint8)[offset:]
-    args = (bytes_, torch.rand(16, device=device), None, None, (1024,), 64, torch.float32)
+    absmax = torch.rand(16, device=device)
+    args = (Weight(bytes_, absmax, None, None, (1024,), 64), torch.float32)
     assert torch.equal(kernel.dequantize(*args), reference.dequantize(*args))
 
 
@@ -109,7 +111,7 @@ def test_dequantize_kernel_keeps_subnormals_and_signs(device) -> None:
 
     packed = torch.arange(256, dtype=torch.uint8, device=device)
     absmax = torch.tensor([2.0**-126, 3e38, 0.0, -1.0] * 2, device=device)
-    args = (packed, absmax, None, None, (512,), 64, torch.float32)
+    args = (Weight(packed, absmax, None, None, (512,), 64), torch.float32)
     ours, expected = kernel.dequantize(*args), reference.dequantize(*args)
     assert torch.equal(ours.view(torch.int32), expected.view(torch.int32))
 
@@ -119,7 +121,7 @@ def test_dequantize_kernel_into_out(device) -> None:
     from nf4.kernels import dequantize as kernel
 
     q = nf4.quantize(torch.randn(33, 70)).to(device)
-    args = (q.packed, q.absmax, q.absmax2, q.offset, q.shape, q.block_size, torch.bfloat16)
+    args = (q.as_weight(), torch.bfloat16)
     expected = reference.dequantize(*args)
     buffer = torch.zeros(33 * 70 + 1, dtype=torch.bfloat16, device=device)
     for out in (
@@ -158,7 +160,7 @@ def test_dequantize_ptx_past_2_31_elements(emulate) -> None:
     q = nf4.quantize(torch.randn(8192), double_quant=False)
     packed[-4096:], absmax[-128:] = q.packed, q.absmax
     emulate.programs = [(n // 8192 - 1, 0, 0)]
-    kernel.dequantize(packed, absmax, None, None, (n,), 64, torch.bfloat16, out=out)
+    kernel.dequantize(Weight(packed, absmax, None, None, (n,), 64), torch.bfloat16, out)
     assert torch.equal(out[-8192:], nf4.dequantize(q, torch.bfloat16))
     assert not out[-16384:-8192].any() and not out[:8192].any()
 

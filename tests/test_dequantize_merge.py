@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import error, on_gpus
+from helpers import error, on_gpus, to
 
 import nf4
 from nf4.error.exact import Exact, product
+from nf4.reference import dequantize
 from nf4.reference import dequantize_merge as reference
+from nf4.tools.terms import LowRank
 
 # n, k, block size, double quantization, dtype, rank, scaling (0.5 if none)
 CASES = {
@@ -22,14 +24,12 @@ def arguments(n, k, block_size, double_quant, dtype, r, scaling=0.5, size=1.0):
     w = torch.randn(n, k) / k**0.5
     f = nf4.to_fragments(nf4.quantize(w, block_size, double_quant))
     a, b = torch.randn(r, k) / k**0.5, size * torch.randn(n, r) / r**0.5
-    return f.packed, f.absmax, f.absmax2, f.offset, a, b, scaling, block_size, dtype
+    return f.as_weight(), LowRank(a, b, scaling), dtype
 
 
-def exact(packed, absmax, absmax2, offset, a, b, scaling, block_size, dtype) -> Exact:
-    shape = torch.Size([b.shape[0], a.shape[1]])
-    q = nf4.NF4Tensor(packed, absmax, shape, dtype, block_size, absmax2, offset, "fragments")
-    low = (scaling * b.to(dtype).double(), a.to(dtype))
-    return product(*low, dtype, dtype, nf4.dequantize(q, torch.float64))
+def exact(weight, low_rank, dtype) -> Exact:
+    low = (low_rank.scaling * low_rank.lora_B.to(dtype).double(), low_rank.lora_A.to(dtype))
+    return product(*low, dtype, dtype, dequantize.dequantize(weight, torch.float64))
 
 
 def check(kernel, args) -> None:
@@ -46,8 +46,7 @@ def check(kernel, args) -> None:
 def test_dequantize_merge_kernel_matches_reference(case, device) -> None:
     from nf4.kernels import dequantize_merge as kernel
 
-    args = arguments(*case)
-    check(kernel, tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in args))
+    check(kernel, to(arguments(*case), device))
 
 
 @pytest.mark.parametrize(("case", "emulate"), on_gpus(CASES), indirect=["emulate"])
@@ -66,20 +65,19 @@ def test_dequantize_ptx_from_fragments_equals_rows(block_size, dtype, emulate) -
 
     q = nf4.quantize(torch.randn(48, 384), block_size)
     f = nf4.to_fragments(q)
-    parts = (f.packed, f.absmax, f.absmax2, f.offset, f.shape, block_size, dtype, "fragments")
-    assert torch.equal(kernel.dequantize(*parts), nf4.dequantize(q, dtype))
+    assert torch.equal(kernel.dequantize(f.as_weight(), dtype), nf4.dequantize(q, dtype))
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
 def test_dequantize_merge_is_no_worse_than_the_unfused_path(size) -> None:
     """Whatever the adapter's size, rounding the sum costs no more than rounding on the way."""
-    args = arguments(256, 512, 64, True, torch.bfloat16, 16, size=size)
-    a, b, scaling, dtype = args[4].bfloat16(), args[5].bfloat16(), args[6], args[8]
+    weight, low_rank, dtype = arguments(256, 512, 64, True, torch.bfloat16, 16, size=size)
+    a, b = low_rank.lora_A.bfloat16(), low_rank.lora_B.bfloat16()
     x = torch.randn(512, 512).to(dtype)
-    truth = x.double() @ exact(*args).value.T
-    merged = x @ reference.dequantize_merge(*args).T
-    w = reference.dequantize_merge(*args[:4], a, torch.zeros_like(b), *args[6:])
-    unfused = x @ w.T + (x @ a.T) @ b.T * scaling
+    truth = x.double() @ exact(weight, low_rank, dtype).value.T
+    merged = x @ reference.dequantize_merge(weight, low_rank, dtype).T
+    w = dequantize.dequantize(weight, dtype)
+    unfused = x @ w.T + (x @ a.T) @ b.T * low_rank.scaling
     assert error(merged, truth) <= 1.1 * error(unfused, truth)
 
 

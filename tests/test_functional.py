@@ -324,7 +324,7 @@ def test_scaling_may_be_a_tensor_whose_value_is_never_asked_for(dtype, monkeypat
 @pytest.mark.parametrize("slab", [64, 128, 8192])
 @pytest.mark.parametrize("scale", ["absmax", "mse"])
 def test_a_strided_weight_is_quantized_without_a_whole_copy(scale, slab, monkeypatch) -> None:
-    from nf4.ops import operators
+    from nf4.ops import quantize as operators
 
     run, sizes = operators.run, []
     monkeypatch.setattr(operators, "_SLAB", slab)

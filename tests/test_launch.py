@@ -15,6 +15,7 @@ import nf4
 from nf4.bench.pretended import always, counts, pretended_gpu
 from nf4.kernels import _launch
 from nf4.ops import replay
+from nf4.tools.terms import NO_DROPOUT, LowRank
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
@@ -50,13 +51,12 @@ def calls():
     from nf4.kernels import dequantize_merge
 
     out = torch.empty(32, 256).bfloat16()
-    parts = (F.packed, F.absmax, F.absmax2, F.offset)
     return {
         "dequantize": lambda: nf4.dequantize(ROWS, out=out),
         "dequantize_fragments": lambda: nf4.dequantize(F, out=out),
         "fp32_scales": lambda: nf4.dequantize(FP32_SCALES, out=out),
         "merge": lambda: dequantize_merge.dequantize_merge(
-            *parts, A, B, 0.7, 64, torch.bfloat16, out
+            F.as_weight(), LowRank(A, B, 0.7), torch.bfloat16, out
         ),
     }
 
@@ -110,7 +110,7 @@ def test_few_launches_are_kept_of_ever_new_lengths(driver, monkeypatch) -> None:
 
     monkeypatch.setattr(lora_down, "_form", lambda *sizes: launch)
     for m in range(1, 8):
-        lora_down.lora_down(MANY[:m], A, 0.0, None)
+        lora_down.lora_down(MANY[:m], A, NO_DROPOUT)
     assert 0 < len(launch._prepared) <= 3
 
 

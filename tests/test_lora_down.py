@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import on_gpus
+from helpers import on_gpus, to
 
 from nf4.error import exact
 from nf4.reference import lora_down as reference
+from nf4.tools.terms import Dropout
 
 # m, k, rank, dropout, dtype
 CASES = {
@@ -19,7 +20,7 @@ CASES = {
 
 def arguments(m, k, r, p, dtype):
     seed = torch.tensor(1234567890123) if p else None
-    return torch.randn(m, k).to(dtype), torch.randn(r, k) / k**0.5, p, seed
+    return torch.randn(m, k).to(dtype), torch.randn(r, k) / k**0.5, Dropout(p, seed)
 
 
 def check(kernel, args) -> None:
@@ -37,8 +38,7 @@ def check(kernel, args) -> None:
 def test_lora_down_kernel_matches_reference(case, device) -> None:
     from nf4.kernels import lora_down as kernel
 
-    args = arguments(*case)
-    check(kernel, tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in args))
+    check(kernel, to(arguments(*case), device))
 
 
 @pytest.mark.parametrize(("case", "emulate"), on_gpus(CASES), indirect=["emulate"])

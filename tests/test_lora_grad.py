@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import on_gpus
+from helpers import on_gpus, to
 
 from nf4.error import exact
 from nf4.reference import lora_grad as reference
 from nf4.tools.cost import Device
+from nf4.tools.terms import Dropout
 
 # m, columns, rank, with w and sums, dropout, dtype, transposed (False if none)
 CASES = {
@@ -23,7 +24,7 @@ def arguments(m, c, r, both, p, dtype, transposed=False):
     w = torch.randn(c, r) if both else None
     seed = torch.tensor(99) if p else None
     z, v = torch.randn(m, c).to(dtype), torch.randn(m, r).to(dtype)
-    return z, v, w, 0.5, both, p, seed, transposed
+    return z, v, w, 0.5, both, Dropout(p, seed), transposed
 
 
 def check(kernel, args) -> None:
@@ -41,8 +42,7 @@ def check(kernel, args) -> None:
 def test_lora_grad_kernel_matches_reference(case, device) -> None:
     from nf4.kernels import lora_grad as kernel
 
-    args = arguments(*case)
-    check(kernel, tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in args))
+    check(kernel, to(arguments(*case), device))
 
 
 @pytest.mark.parametrize(("case", "emulate"), on_gpus(CASES), indirect=["emulate"])
@@ -76,7 +76,7 @@ MISTAKES = {
     "strip": ("lora_grad", "row = strip.to(tl.int64) * M", "row = strip.to(tl.int64) * 0"),
     "sums_of_the_last_step": ("lora_grad", "sums += tl.sum(z", "sums = tl.sum(z"),
     "dropout_of_another_strip": ("lora_grad", "columns = strip * BLOCK_C", "columns = strip * 0"),
-    "factor": ("lora_grad", "scaling / (1 - dropout_p)", "float(scaling)"),
+    "factor": ("lora_grad", "scaling / (1 - dropout.p)", "float(scaling)"),
     "parts_of_a_chunk": ("lora_grad", "across_ptr, C * rank, chunks,", "across_ptr, C * rank, 1,"),
     "parts_added_too_late": ("lora_grad", "first_sums = first_along + _", "first_sums = 0 * _"),
 }

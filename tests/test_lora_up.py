@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import on_gpus
+from helpers import on_gpus, to
 
 from nf4.error import exact
 from nf4.reference import lora_up as reference
+from nf4.tools.terms import Dropout
 
 # m, n, rank, bias, dropout, transposed factor, dtype
 CASES = {
@@ -19,7 +20,7 @@ CASES = {
 def arguments(m, n, r, bias, p, transposed, dtype):
     b = torch.randn(n, r).T if transposed else torch.randn(r, n)
     seed = torch.tensor(42) if p else None
-    return torch.randn(m, r).to(dtype), b, 0.5, torch.randn(n) if bias else None, p, seed
+    return torch.randn(m, r).to(dtype), b, 0.5, torch.randn(n) if bias else None, Dropout(p, seed)
 
 
 def check(kernel, args) -> None:
@@ -34,8 +35,7 @@ def check(kernel, args) -> None:
 def test_lora_up_kernel_matches_reference(case, device) -> None:
     from nf4.kernels import lora_up as kernel
 
-    args = arguments(*case)
-    check(kernel, tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in args))
+    check(kernel, to(arguments(*case), device))
 
 
 @pytest.mark.parametrize(("case", "emulate"), on_gpus(CASES), indirect=["emulate"])

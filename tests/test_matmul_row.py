@@ -49,15 +49,20 @@ def shifted(tensor: torch.Tensor, by: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_matmul_row_ptx_of_what_begins_in_the_middle_of_a_word(place, emulate) -> None:
+@pytest.mark.parametrize("part", ["x", "packed", "absmax"])
+def test_matmul_row_ptx_of_what_begins_in_the_middle_of_a_word(part, emulate) -> None:
     from nf4.kernels import matmul_row as kernel
 
-    args = list(make_product(1, 32, 512).arguments())
-    expected = kernel.matmul_row(*args)
-    args[place] = shifted(args[place], 1)
-    assert args[place].data_ptr() % 4
-    assert torch.equal(kernel.matmul_row(*args), expected)
+    x, weight, _ = make_product(1, 32, 512).arguments()
+    expected = kernel.matmul_row(x, weight)
+    aligned = {"x": x, **weight._asdict()}[part]
+    moved = shifted(aligned, 1)
+    assert moved.data_ptr() % 4
+    if part == "x":
+        x = moved
+    else:
+        weight = weight._replace(**{part: moved})
+    assert torch.equal(kernel.matmul_row(x, weight), expected)
 
 
 @pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)

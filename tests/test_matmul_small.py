@@ -77,7 +77,7 @@ def test_matmul_small_ptx_decodes_every_byte(dtype, emulate, monkeypatch) -> Non
     levels = torch.tensor(NF4_LEVELS)[torch.stack([packed >> 4, packed & 15], -1).int()]
     for first in range(0, 64, 16):
         x = torch.eye(64, dtype=dtype)[first : first + 16]
-        y = kernel.matmul_small(x, f.packed, f.absmax, None, None, None, None, None, 1.0, 64, 64)
+        y = kernel.matmul_small(x, f.as_weight())
         assert torch.equal(y.T, levels.view(64, 64).to(dtype)[:, first : first + 16])
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import nf4
+
 ROOT = Path(__file__).resolve().parents[1]
 # From the top down: a room may import those after it
 ORDER = [
@@ -98,3 +100,30 @@ def test_only_kernels_import_triton_and_only_the_cpu_s_path_numba() -> None:
 def test_no_module_is_imported_in_a_circle() -> None:
     graph = {name: imports(name) & MODULES.keys() for name in MODULES if name != "nf4"}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+MOST_PARAMETERS = 7  # of what users do not call: beyond, parts of one thing should be one object
+# What a compiler takes flat: Triton's kernels, and numba's functions
+COMPILED = ("triton.jit", "compiled", "intrinsic")
+PUBLIC = {*nf4.__all__, "NF4Config"}
+
+
+def functions(node: ast.AST, outer: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Yield all functions, with the name of the class of a constructor, or their own."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef):
+            yield outer if child.name == "__init__" else child.name, child
+        yield from functions(child, child.name if isinstance(child, ast.ClassDef) else outer)
+
+
+def test_functions_that_users_do_not_call_have_few_parameters() -> None:
+    found = {}
+    for module, path in MODULES.items():
+        for name, function in functions(ast.parse(path.read_text(encoding="utf-8"))):
+            compiled = any(ast.unparse(d).startswith(COMPILED) for d in function.decorator_list)
+            given = function.args
+            names = {a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
+            count = len(names - {"self", "cls"})
+            if count > MOST_PARAMETERS and not compiled and name not in PUBLIC:
+                found[f"{module}.{name}"] = count
+    assert found == {}

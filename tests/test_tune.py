@@ -49,8 +49,8 @@ def test_tune_writes_what_later_choices_follow(folder) -> None:
     assert found["fused_limits"] == [[n, k, 64]]
     assert {row[0] for row in found["tiles"]} == {"matmul", "matmul_small"}
     assert plan.fused_limit(n, k, 64, CPU) == (64, f"measured on W {n}×{k}")
-    assert plan.plan(64, n, k, torch.bfloat16, "fragments", 64, True, CPU).kernel == "matmul_small"
-    assert plan.plan(65, n, k, torch.bfloat16, "fragments", 64, True, CPU).kernel == "dequantize"
+    assert plan.plan(64, SHAPE, torch.bfloat16, "fragments", 64, True, CPU).kernel == "matmul_small"
+    assert plan.plan(65, SHAPE, torch.bfloat16, "fragments", 64, True, CPU).kernel == "dequantize"
     chosen = _configs.matmul_config(50, n, k, CPU)
     assert chosen.split_k == favourite
     assert chosen == next(
@@ -67,7 +67,7 @@ def test_plan_takes_the_limit_of_the_nearest_weight(folder) -> None:
     limits = [[4096, 4096, 300], [28672, 8192, 900]]
     (folder / "H200.json").write_text(json.dumps({"fused_limits": limits, "tiles": []}))
     chosen = [
-        plan.plan(m, 5000, 4096, torch.bfloat16, "fragments", 64, True, CPU) for m in (300, 301)
+        plan.plan(m, (5000, 4096), torch.bfloat16, "fragments", 64, True, CPU) for m in (300, 301)
     ]
     assert [c.kernel for c in chosen] == ["matmul", "dequantize"]
     assert chosen[1].reason == "301 rows are more than 300, measured on W 4096×4096"

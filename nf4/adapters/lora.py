@@ -28,8 +28,8 @@ from nf4.adapters.term import (
 )
 from nf4.functional import dequantize_rows, lora_linear, times_scaling
 from nf4.ops.checks import check_dropout, check_int, check_number
-from nf4.ops.operators import WEIGHT
 from nf4.ops.registry import call, define
+from nf4.ops.weight import WEIGHT, parts_of
 from nf4.tensor import NF4Tensor
 
 _ROWS = 256  # of W that are dense at a time
@@ -188,34 +188,22 @@ def _lengths(
     return squares.clamp_min_(0).sqrt_()
 
 
-def _weight_norm(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    lora_A: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    n: int,
-    k: int,
-    block_size: int,
-    layout: str,
-) -> Tensor:
-    shape = torch.Size((n, k))
-    q = NF4Tensor(packed, absmax, shape, torch.float32, block_size, absmax2, offset, layout)
-    a = None if lora_A is None else lora_A.float()
-    squares = torch.empty(n, dtype=torch.float32, device=packed.device)
-    products = squares.new_empty(n, 0 if a is None else len(a))
+def _weight_norm(a: Any) -> Tensor:
+    q = NF4Tensor(a.packed, a.absmax, torch.Size((a.n, a.k)), torch.float32, a.block_size)
+    q = q.with_parts(parts_of(a), layout=a.layout)
+    wide = None if a.lora_A is None else a.lora_A.float()
+    squares = torch.empty(a.n, dtype=torch.float32, device=q.device)
+    products = squares.new_empty(a.n, 0 if wide is None else len(wide))
     for rows, w in dequantize_rows(q, _ROWS, torch.float32):
         squares[rows] = w.square().sum(dim=1)
-        if a is not None:
-            products[rows] = w @ a.T
-    return _lengths(squares, lambda _: products, lora_A, lora_B, scaling)
+        if wide is not None:
+            products[rows] = w @ wide.T
+    return _lengths(squares, lambda _: products, a.lora_A, a.lora_B, a.scaling)
 
 
-def _weight_norm_fake(packed: Tensor, *args: Any) -> Tensor:
-    *_, n, _, _, _ = args
-    return packed.new_empty(n, dtype=torch.float32)
+def _weight_norm_fake(a: Any) -> Tensor:
+    out: Tensor = a.packed.new_empty(a.n, dtype=torch.float32)
+    return out
 
 
 define(

@@ -7,7 +7,6 @@ nf4/reference/dequantize.py in every bit.
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from nf4.cpu._lanes import BF16, FP16, FP32, expand_block
 from nf4.cpu._memory import new_empty
 from nf4.cpu._threads import fork, spread
 from nf4.reference.repack import repack
+from nf4.tensor import Weight
 
 GRAIN = 1 << 17  # elements worth a thread of their own: 20 microseconds of work
 STRIP = 256  # blocks of a flat result that a thread takes at a time
@@ -79,8 +79,8 @@ def _share(packed, levels, scales, half, dtype, form, out, begin, end, team):  #
     fork(_loop, args, begin, end, team)
 
 
-class Weight(NamedTuple):
-    """A quantized weight as numpy arrays; absmax or the other scales are empty."""
+class Arrays(NamedTuple):
+    """A weight in rows as numpy arrays; absmax or the other scales are empty."""
 
     packed: Any
     absmax: Any
@@ -110,43 +110,25 @@ def scale_map() -> Any:
     return absmax_map(torch.device("cpu")).numpy()
 
 
-def in_rows(
-    packed: Tensor, absmax: Tensor, shape: Sequence[int], layout: str
-) -> tuple[Tensor, Tensor]:
-    """Return the bytes and scales of a weight in rows, whatever their layout."""
-    if layout == "fragments":
-        n, k = shape
-        packed, absmax = repack(packed, absmax, n, k, "rows")
-    return packed, absmax
-
-
-def as_weight(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    layout: str,
-) -> Weight:
-    """Return the parts of a weight in rows as numpy arrays, without a copy where that goes."""
-    packed, absmax = in_rows(packed, absmax, shape, layout)
+def as_arrays(weight: Weight) -> Arrays:
+    """Return the parts of a weight as numpy arrays in rows, without a copy where that goes."""
+    packed, absmax, absmax2, offset, _, block_size, _ = repack(weight, "rows")
     if absmax2 is None or offset is None:
-        return Weight(_array(packed), _array(absmax), _NO_CODES, _NO_SCALES, _NO_SCALES, block_size)
+        return Arrays(_array(packed), _array(absmax), _NO_CODES, _NO_SCALES, _NO_SCALES, block_size)
     scales = _array(absmax), _array(absmax2), _array(offset)
-    return Weight(_array(packed), _NO_SCALES, *scales, block_size)
+    return Arrays(_array(packed), _NO_SCALES, *scales, block_size)
 
 
-def scales_of(weight: Weight) -> tuple[Any, ...]:
+def scales_of(weight: Arrays) -> tuple[Any, ...]:
     """Return what `scale_of` reads."""
     return weight.absmax, weight.codes, weight.absmax2, weight.offset, scale_map()
 
 
-def dequantize_blocks(weight: Weight, first: int, out: Tensor, dtype: torch.dtype) -> None:
+def dequantize_blocks(weight: Arrays, first: int, out: Tensor, dtype: torch.dtype) -> None:
     """Fill out with elements of a weight, from the first of block `first` on.
 
     Args:
-        weight: of `as_weight`.
+        weight: to read from.
         first: a block.
         out: float32 or bfloat16, flat, contiguous.
         dtype: what the elements are rounded to; out holds it without loss.
@@ -157,12 +139,12 @@ def dequantize_blocks(weight: Weight, first: int, out: Tensor, dtype: torch.dtyp
 
 
 def dequantize_columns(
-    weight: Weight, shape: tuple[int, int], columns: slice, out: Tensor, dtype: torch.dtype
+    weight: Arrays, shape: tuple[int, int], columns: slice, out: Tensor, dtype: torch.dtype
 ) -> None:
     """Fill the left of out with columns of a weight.
 
     Args:
-        weight: of `as_weight`.
+        weight: to read from.
         shape: N, K of W, whose rows are whole blocks.
         columns: which, whole blocks.
         out: float32 or bfloat16 ``[N, columns or more]``, contiguous.
@@ -174,7 +156,7 @@ def dequantize_columns(
 
 
 def _run(
-    weight: Weight, form: tuple[int, int, int, int], strips: int, out: Tensor, dtype: torch.dtype
+    weight: Arrays, form: tuple[int, int, int, int], strips: int, out: Tensor, dtype: torch.dtype
 ) -> None:
     """Run a loop over strips of the form first, stride, width, pitch; see there."""
     as_bf16 = out.dtype == torch.bfloat16
@@ -192,25 +174,14 @@ def _run(
     )
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    dtype: torch.dtype,
-    layout: str = "rows",
-    out: Tensor | None = None,
-) -> Tensor:
+def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Dequantize to a dense tensor; arguments as in nf4/reference/dequantize.py."""
-    n = math.prod(shape)
-    weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
+    arrays = as_arrays(weight)
     direct = dtype in (torch.float32, torch.bfloat16)
     if out is not None and direct and out.is_contiguous():
-        dequantize_blocks(weight, 0, out.view(-1), dtype)
+        dequantize_blocks(arrays, 0, out.view(-1), dtype)
         return out
-    flat = new_empty((n,), dtype if direct else torch.float32)
-    dequantize_blocks(weight, 0, flat, dtype)
-    values = flat.to(dtype).view(tuple(shape))
+    flat = new_empty((math.prod(weight.shape),), dtype if direct else torch.float32)
+    dequantize_blocks(arrays, 0, flat, dtype)
+    values = flat.to(dtype).view(tuple(weight.shape))
     return values if out is None else out.copy_(values)

@@ -11,6 +11,7 @@ from nf4.cpu._memory import new_empty
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 from nf4.tools.dropout import dropout_threshold
+from nf4.tools.terms import Dropout
 
 GRAIN = 1 << 14  # counters worth a thread of their own
 _LANES = 64  # counters at a time, for the compiler to take many together
@@ -61,6 +62,8 @@ def dropout_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
     return kept
 
 
-def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
     """Return x with what `dropout_mask` drops set to zero; x itself without a seed."""
-    return x if seed is None else torch.where(dropout_mask(seed, x.shape, p), x, 0)
+    if dropout.seed is None:
+        return x
+    return torch.where(dropout_mask(dropout.seed, x.shape, dropout.p), x, 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from nf4.cpu._lanes import dot_row, pointer
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled, levels, scale_map, scale_of
+from nf4.tensor import Weight
 
 # Rows of x that a pass over W serves, as constants to the compiler, which keeps their sums in
 # registers; more rows do not fit the nearest cache.
@@ -104,43 +105,27 @@ def _share(addresses, sizes, table, scale_map, begin, end, team):  # type: ignor
     fork(_loop, args, begin, end, team)
 
 
-def product(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    block_size: int,
-    rounded: bool = True,
-) -> Tensor:
-    """Return x @ W.T + bias for W in rows.
+def product(x: Tensor, weight: Weight, bias: Tensor | None, rounded: bool = True) -> Tensor:
+    """Return x @ W.T + bias.
 
     Args:
         x: float32, bfloat16 or float16 ``[M, K]``, K a multiple of the block size.
-        packed: as in nf4/reference/linear.py, with what follows.
-        absmax: see there.
-        absmax2: see there.
-        offset: see there.
-        bias: see there.
-        out_features: N.
-        block_size: elements that share one absmax.
+        weight: W ``[N, K]`` in rows.
+        bias: floating ``[N]`` or None.
         rounded: to the dtype of x; the result is float32 otherwise.
     """
-    m, k = x.shape
+    m, (n, k) = len(x), weight.shape
     x = x.resolve_neg()
     dtype = x.dtype if rounded else torch.float32
     if x.dtype == torch.float16:
         x = x.float()
     held = torch.float32 if dtype == torch.float16 else dtype
-    y = torch.empty(m, out_features, dtype=held, device="cpu")
+    y = torch.empty(m, n, dtype=held, device="cpu")
     if bias is not None:
         bias = bias.float().resolve_neg()
-    tensors = packed, absmax, absmax2, offset, bias, x
-    kept = [None if t is None else t.contiguous() for t in tensors]
+    kept = [None if t is None else t.contiguous() for t in (*weight[:4], bias, x)]
     addresses = tuple([0 if t is None else t.data_ptr() for t in (*kept, y)])
     is_bf16 = (int(x.dtype == torch.bfloat16), int(y.dtype == torch.bfloat16))
-    sizes = (m, out_features, k, block_size, *is_bf16)
-    spread(_share, range(out_features), -(-GRAIN // k), addresses, sizes, levels(), scale_map())
+    sizes = (m, n, k, weight.block_size, *is_bf16)
+    spread(_share, range(n), -(-GRAIN // k), addresses, sizes, levels(), scale_map())
     return y.to(dtype)

@@ -20,14 +20,10 @@ from torch import Tensor
 
 from nf4.cpu import few_rows
 from nf4.cpu._memory import new_empty
-from nf4.cpu.dequantize import (
-    Weight,
-    as_weight,
-    dequantize_blocks,
-    dequantize_columns,
-    in_rows,
-)
+from nf4.cpu.dequantize import Arrays, as_arrays, dequantize_blocks, dequantize_columns
 from nf4.reference.linear import accumulator
+from nf4.reference.repack import repack
+from nf4.tensor import Weight
 from nf4.tools.rows import as_rows, unflattened
 from nf4.tools.scratch import scratch
 
@@ -80,7 +76,7 @@ def path(m: int, k: int, dtype: torch.dtype, block_size: int) -> str:
 
 
 def _row_slabs(
-    weight: Weight, shape: tuple[int, int], dtype: torch.dtype, held: torch.dtype
+    weight: Arrays, shape: tuple[int, int], dtype: torch.dtype, held: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield some rows of W at a time and their values, rounded to a dtype and held in another."""
     rows, columns = shape
@@ -97,7 +93,7 @@ def _row_slabs(
 
 
 def _column_slabs(
-    weight: Weight, shape: tuple[int, int], dtype: torch.dtype, held: torch.dtype
+    weight: Arrays, shape: tuple[int, int], dtype: torch.dtype, held: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield some columns of W at a time, as `_row_slabs` does; `has_column_slabs` must hold."""
     rows, columns = shape
@@ -132,21 +128,21 @@ def has_column_slabs(rows: int, columns: int, block_size: int) -> bool:
     return columns % block_size == 0 and rows * block_size <= MOST_COLUMNS
 
 
-def add_product(y: Tensor, x: Tensor, weight: Weight, beta: int = 1) -> Tensor:
+def add_product(y: Tensor, x: Tensor, weight: Arrays, beta: int = 1) -> Tensor:
     """Add x @ W.T to beta * y, in bf16 with one rounding of the sum, and return it."""
     for rows, w in _row_slabs(weight, (y.shape[1], x.shape[1]), x.dtype, x.dtype):
         y[:, rows].addmm_(x, w.T, beta=beta)
     return y
 
 
-def add_product_backward(dx: Tensor, dy: Tensor, weight: Weight, beta: int = 1) -> Tensor:
+def add_product_backward(dx: Tensor, dy: Tensor, weight: Arrays, beta: int = 1) -> Tensor:
     """Add dy @ W to beta * dx, as `add_product` does; `has_column_slabs` must hold."""
     for columns, w in _column_slabs(weight, (dy.shape[1], dx.shape[1]), dy.dtype, dy.dtype):
         dx[:, columns].addmm_(dy, w, beta=beta)
     return dx
 
 
-def product(x: Tensor, weight: Weight, out_features: int) -> Tensor:
+def product(x: Tensor, weight: Arrays, out_features: int) -> Tensor:
     """Return x @ W.T for x ``[M, K]``, fp32 (fp64 for fp64) and not yet rounded."""
     wide = widened(x)
     k = x.shape[1]
@@ -156,7 +152,7 @@ def product(x: Tensor, weight: Weight, out_features: int) -> Tensor:
     return y.zero_() if k == 0 else y
 
 
-def product_backward(dy: Tensor, weight: Weight, in_features: int) -> Tensor:
+def product_backward(dy: Tensor, weight: Arrays, in_features: int) -> Tensor:
     """Return dy @ W for dy ``[M, N]``, fp32 (fp64 for fp64) and not yet rounded."""
     wide = widened(dy)
     shape = (dy.shape[1], in_features)
@@ -192,67 +188,43 @@ def widened(x: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    block_size: int,
-    layout: str = "rows",
-    factor: Tensor | None = None,
+    x: Tensor, weight: Weight, bias: Tensor | None = None, factor: Tensor | None = None
 ) -> Tensor:
     """Return x @ W.T + bias, times factor; arguments as in nf4/reference/linear.py."""
     if factor is not None:
-        parts_of_w = (packed, absmax, absmax2, offset)
-        return linear(x, *parts_of_w, bias, out_features, block_size, layout).mul_(factor)
+        return linear(x, weight, bias).mul_(factor)
     rows = as_rows(x)
-    m, k = rows.shape
-    shape, how = (out_features, k), path(m, k, x.dtype, block_size)
+    m, (n, k) = len(rows), weight.shape
+    how = path(m, k, x.dtype, weight.block_size)
     if how == "few rows":
-        packed, absmax = in_rows(packed, absmax, shape, layout)
-        scales = absmax, absmax2, offset
-        y = few_rows.product(rows, packed, *scales, bias, out_features, block_size)
-        return unflattened(y, x)
-    weight = as_weight(packed, absmax, absmax2, offset, shape, block_size, layout)
+        return unflattened(few_rows.product(rows, repack(weight, "rows"), bias), x)
+    arrays = as_arrays(weight)
     if how == "bf16":
-        y = new_empty((m, out_features), x.dtype)
+        y = new_empty((m, n), x.dtype)
         if bias is not None:
             y.copy_(bias)
-        add_product(y, rows, weight, beta=int(bias is not None))
+        add_product(y, rows, arrays, beta=int(bias is not None))
     elif accumulator(x.dtype) == x.dtype:
-        y = product(rows, weight, out_features)
+        y = product(rows, arrays, n)
         y = y if bias is None else y.add_(bias)
     else:
-        y = new_empty((m, out_features), x.dtype)
-        for part in parts(m, x.dtype, k, out_features):
-            wide = product(rows[part], weight, out_features)
+        y = new_empty((m, n), x.dtype)
+        for part in parts(m, x.dtype, k, n):
+            wide = product(rows[part], arrays, n)
             y[part] = wide if bias is None else wide.add_(bias)
     return unflattened(y, x)
 
 
-def linear_backward(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    in_features: int,
-    block_size: int,
-    layout: str = "rows",
-) -> Tensor:
+def linear_backward(dy: Tensor, weight: Weight) -> Tensor:
     """Return dy @ W; arguments as in nf4/reference/linear.py."""
-    rows = as_rows(dy)
-    m, n = rows.shape
-    weight = as_weight(packed, absmax, absmax2, offset, (n, in_features), block_size, layout)
+    rows, arrays = as_rows(dy), as_arrays(weight)
+    m, (n, k) = len(rows), weight.shape
     if accumulator(dy.dtype) == dy.dtype:
-        dx = product_backward(rows, weight, in_features)
-        return dx.view(*dy.shape[:-1], in_features)
-    dx = new_empty((m, in_features), dy.dtype)
-    if in_bf16(dy.dtype) and has_column_slabs(n, in_features, block_size):
-        add_product_backward(dx, rows, weight, beta=0)
+        return product_backward(rows, arrays, k).view(*dy.shape[:-1], k)
+    dx = new_empty((m, k), dy.dtype)
+    if in_bf16(dy.dtype) and has_column_slabs(n, k, weight.block_size):
+        add_product_backward(dx, rows, arrays, beta=0)
     else:
-        for part in parts(m, dy.dtype, n, in_features):
-            dx[part] = product_backward(rows[part], weight, in_features)
-    return dx.view(*dy.shape[:-1], in_features)
+        for part in parts(m, dy.dtype, n, k):
+            dx[part] = product_backward(rows[part], arrays, k)
+    return dx.view(*dy.shape[:-1], k)

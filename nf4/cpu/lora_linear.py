@@ -12,7 +12,7 @@ from torch import Tensor
 from nf4.cpu import few_rows
 from nf4.cpu._memory import new_empty
 from nf4.cpu.across import across, fits
-from nf4.cpu.dequantize import Weight, as_weight, in_rows
+from nf4.cpu.dequantize import Arrays, as_arrays
 from nf4.cpu.dropout_mask import drop, dropout_mask
 from nf4.cpu.linear import (
     add_product,
@@ -26,8 +26,11 @@ from nf4.cpu.linear import (
     widened,
 )
 from nf4.reference.linear import accumulator
-from nf4.reference.lora_linear import add_lora
+from nf4.reference.lora_linear import Gradients, add_lora
+from nf4.reference.repack import repack
+from nf4.tensor import Weight
 from nf4.tools.rows import of_both_rows, of_rows
+from nf4.tools.terms import Dropout, LowRank
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -40,40 +43,26 @@ def _scaled(a: Tensor, b: Tensor, scale: float, bias: Tensor | None = None) -> T
 
 @of_rows
 def lora_linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_t: bool,
-    block_size: int,
-    layout: str = "rows",
+    x: Tensor, weight: Weight, low_rank: LowRank, bias: Tensor | None, need_t: bool
 ) -> tuple[Tensor, Tensor]:
     """Return y and t; arguments as in nf4/reference/lora_linear.py."""
-    (m, k), n = x.shape, lora_B.shape[0]
-    dropped = drop(x, dropout_p, seed)
-    adapter = (lora_A, lora_B, scaling, dropout_p, None)  # no seed: what is dropped is dropped
-    how = path(m, k, x.dtype, block_size)
+    m, (n, k) = len(x), weight.shape
+    lora_A, lora_B, scaling, dropout = low_rank
+    dropped = drop(x, dropout)
+    low_rank = LowRank(lora_A, lora_B, scaling, Dropout(dropout.p))  # what is dropped is dropped
+    how = path(m, k, x.dtype, weight.block_size)
     if how == "few rows":
-        packed, absmax = in_rows(packed, absmax, (n, k), layout)
-        scales = absmax, absmax2, offset
-        wide = few_rows.product(x, packed, *scales, bias, n, block_size, rounded=False)
-        return add_lora(wide, dropped, None, *adapter)
-    weight = as_weight(packed, absmax, absmax2, offset, (n, k), block_size, layout)
+        wide = few_rows.product(x, repack(weight, "rows"), bias, rounded=False)
+        return add_lora(wide, dropped, low_rank, None)
+    arrays = as_arrays(weight)
     if how == "bf16":
         a, b = (matrix.to(x.dtype) for matrix in (lora_A, lora_B))
-        t = _scaled(dropped, a.T, 1 / (1 - dropout_p))
-        return add_product(_scaled(t, b.T, scaling, bias), x, weight), t
-    y, t = new_empty((m, n), x.dtype), x.new_empty(m, lora_A.shape[0])
+        t = _scaled(dropped, a.T, 1 / (1 - dropout.p))
+        return add_product(_scaled(t, b.T, scaling, bias), x, arrays), t
+    y, t = new_empty((m, n), x.dtype), x.new_empty(m, len(lora_A))
     for part in parts(m, x.dtype, k, n):
-        wide = product(x[part], weight, n)
-        y[part], t[part] = add_lora(wide, dropped[part], bias, *adapter)
+        wide = product(x[part], arrays, n)
+        y[part], t[part] = add_lora(wide, dropped[part], low_rank, bias)
     return y, t
 
 
@@ -82,60 +71,48 @@ def lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,
     t: Tensor | None,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    block_size: int,
+    weight: Weight,
+    low_rank: LowRank,
     needs: Sequence[bool],
-    layout: str = "rows",
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> Gradients:
     """Return the gradients of x, bias, lora_A and lora_B; as in nf4/reference/lora_linear.py."""
-    (m, n), k = dy.shape, lora_A.shape[1]
-    weight = None
-    if needs[0]:
-        weight = as_weight(packed, absmax, absmax2, offset, (n, k), block_size, layout)
+    m, (n, k) = len(dy), weight.shape
+    lora_A, lora_B, scaling, dropout = low_rank
+    arrays = as_arrays(weight) if needs[0] else None
     a, b = (matrix.to(dy.dtype) for matrix in (lora_A, lora_B))
     u, dx = None, None
-    if in_bf16(dy.dtype) and has_column_slabs(n, k, block_size):
+    if in_bf16(dy.dtype) and has_column_slabs(n, k, weight.block_size):
         if needs[0] or x is not None:
             u = _scaled(dy, b, scaling)
-        if weight is not None and u is not None:
-            dx = drop(_scaled(u, a, 1 / (1 - dropout_p)), dropout_p, seed)
-            add_product_backward(dx, dy, weight)
+        if arrays is not None and u is not None:
+            dx = drop(_scaled(u, a, 1 / (1 - dropout.p)), dropout)
+            add_product_backward(dx, dy, arrays)
     elif needs[0] or x is not None:
-        u = dy.new_empty(m, a.shape[0])
+        u = dy.new_empty(m, len(a))
         for part in parts(m, dy.dtype, n):
             u[part] = (widened(dy[part]) @ widened(b)).mul_(scaling)
-        if weight is not None:
-            dx = _input_gradient(dy, u, weight, a, dropout_p, seed)
+        if arrays is not None:
+            dx = _input_gradient(dy, u, arrays, a, dropout)
     dbias = dy.sum(dim=0, dtype=accumulator(dy.dtype)) if needs[1] else None
     dA = dB = None
     if x is not None and u is not None:
-        dA = _across(u, drop(x, dropout_p, seed)).div_(1 - dropout_p)
+        dA = _across(u, drop(x, dropout)).div_(1 - dropout.p)
     if t is not None:
         dB = _across(t, dy).mul_(scaling).T.contiguous()  # wide rows: the library's better side
     return dx, dbias, dA, dB
 
 
-def _input_gradient(
-    dy: Tensor, u: Tensor, weight: Weight, a: Tensor, dropout_p: float, seed: Tensor | None
-) -> Tensor:
+def _input_gradient(dy: Tensor, u: Tensor, weight: Arrays, a: Tensor, dropout: Dropout) -> Tensor:
     """Return dy @ W + drop(u @ A) / (1 - p), summed in fp32 (fp64 for fp64) and rounded once."""
     dx = new_empty((dy.shape[0], a.shape[1]), dy.dtype)
-    mask = None if seed is None else dropout_mask(seed, dx.shape, dropout_p)
+    mask = None if dropout.seed is None else dropout_mask(dropout.seed, dx.shape, dropout.p)
     for part in parts(dy.shape[0], dy.dtype, *dy.shape[1:], *dx.shape[1:]):
         wide = product_backward(dy[part], weight, a.shape[1])
         if mask is None:
             dx[part] = wide.addmm_(widened(u[part]), widened(a))
         else:
             update = torch.where(mask[part], widened(u[part]) @ widened(a), 0)
-            dx[part] = wide.add_(update, alpha=1 / (1 - dropout_p))
+            dx[part] = wide.add_(update, alpha=1 / (1 - dropout.p))
     return dx
 
 

@@ -19,6 +19,7 @@ from nf4.functional import dequantize, to_rows
 from nf4.reference.dropout_mask import drop, dropout_mask
 from nf4.reference.linear import accumulator
 from nf4.tensor import NF4Tensor
+from nf4.tools.terms import Dropout
 
 # Mean square errors, and what they are multiplied by on their way, as `Roundoff.add` takes them
 Source = tuple[Tensor, Tensor | None]
@@ -127,9 +128,9 @@ def linear(
     return _exact(value, common, ([(e, wide.T)] for e in errors))
 
 
-def lora_down(x: Tensor, lora_A: Tensor, dropout_p: float, seed: Tensor | None) -> Exact:
+def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout) -> Exact:
     """Return what nf4/reference/lora_down.py does."""
-    dropped = drop(x.double(), dropout_p, seed) / (1 - dropout_p)
+    dropped = drop(x.double(), dropout) / (1 - dropout.p)
     return product(dropped, lora_A.to(x.dtype).T, x.dtype, x.dtype)
 
 
@@ -138,13 +139,12 @@ def lora_up(
     b: Tensor,
     scaling: float,
     bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout,
 ) -> Exact:
     """Return what nf4/reference/lora_up.py does."""
     shape = torch.Size((len(t), b.shape[1]))
-    keep = None if seed is None else dropout_mask(seed, shape, dropout_p)
-    scaled = scaling / (1 - dropout_p) * t.double()
+    keep = None if dropout.seed is None else dropout_mask(dropout.seed, shape, dropout.p)
+    scaled = scaling / (1 - dropout.p) * t.double()
     return product(scaled, b.to(t.dtype), t.dtype, t.dtype, bias, keep)
 
 
@@ -154,13 +154,12 @@ def lora_grad(
     w: Tensor | None,
     scaling: float,
     need_sums: bool,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout,
     transposed: bool = False,
 ) -> tuple[Exact, Exact | None, Exact | None]:
     """Return what nf4/reference/lora_grad.py does."""
     wide, dtype, sums = z.double(), z.dtype, accumulator(z.dtype)
-    scaled = scaling / (1 - dropout_p) * drop(wide, dropout_p, seed)
+    scaled = scaling / (1 - dropout.p) * drop(wide, dropout)
     along = None if w is None else product(scaling * wide, w.to(dtype), dtype, dtype)
     added = column_sums(wide, sums, dtype) if need_sums else None
     across = product(v.T, scaled, sums, dtype) if transposed else product(scaled.T, v, sums, dtype)

@@ -8,7 +8,6 @@ derived in nf4/error/roundoff.py, and is the same on every device.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,15 +132,9 @@ def _bits(device: torch.device) -> Iterator[Check]:
                 assert part is not None
                 yield _equal("quantize_absmax", case, part, expected)
             for held, out in product((q, double), DTYPES):
-                parts = [None if part is None else part.cpu() for part in held.parts()]
-                back = _dequantized(parts, shape, block_size, out)
+                back = dequantize_reference(held.to(_CPU).as_weight(), out)
                 what = f"{case}, to {_name(out)}"
                 yield _equal("dequantize", what, dequantize(held, out), back)
-
-
-def _dequantized(parts: list[Any], shape: Any, block_size: int, dtype: torch.dtype) -> Tensor:
-    packed, absmax, absmax2, offset = parts
-    return dequantize_reference(packed, absmax, absmax2, offset, shape, block_size, dtype)
 
 
 def _embeddings(device: torch.device) -> Iterator[Check]:

@@ -73,15 +73,15 @@ def wants_fragments(shape: torch.Size, block_size: int, device: torch.device) ->
 @lru_cache(maxsize=4096)
 def plan(
     m: int,
-    n: int,
-    k: int,
+    shape: tuple[int, int],
     dtype: torch.dtype,
     layout: str,
     block_size: int,
     double_quant: bool,
     device: torch.device,
 ) -> Plan:
-    """Choose what multiplies x ``[m, k]`` by W ``[n, k]``."""
+    """Choose what multiplies x ``[m, K]`` by W, whose shape is N and K."""
+    n, k = shape
     model = device_of(device)
     by_library = _library_seconds(m, n, k, block_size, model)
     if layout != "fragments":

@@ -20,17 +20,17 @@ from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.gpu import plan
 from nf4.gpu.linear import dense_weight
 from nf4.kernels import _configs, _measured, matmul, matmul_small
-from nf4.tensor import fits_fragments
+from nf4.tensor import Weight, fits_fragments
 from nf4.tools.cost import device_of
 from nf4.tools.paths import write_file
 from nf4.tools.shapes import MODELS, parse_shape
+from nf4.tools.terms import PLAIN_SUMS
 
 SHAPES = [shape for shapes in MODELS.values() for shape in shapes]
 BLOCK_SIZE = 64
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CUTS = 4  # of a kernel, those that the model likes best
 LAUNCH = {"matmul": matmul.launch, "matmul_small": matmul_small.launch}
-Weight = tuple[Tensor, Tensor, Tensor, Tensor]  # packed, absmax, absmax2, offset
 Clock = Callable[[Callable[[], Any]], float]
 
 
@@ -134,14 +134,13 @@ def _tune_shape(
         x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
 
         def library(x: Tensor = x) -> Tensor:
-            dense = dense_weight(*weight, (n, k), BLOCK_SIZE, "fragments", x.dtype)
-            return library_linear(x, dense)
+            return library_linear(x, dense_weight(weight, x.dtype))
 
         small = m <= _configs.most_small_rows(n, device)
         ops = ("matmul_small", "matmul") if small else ("matmul",)
         times = []
         for op in ops:
-            best, seconds = _fastest(op, x, weight, n, clock)
+            best, seconds = _fastest(op, x, weight, clock)
             tiles.append([op, m, n, k, best.block_m, best.block_n, best.split_k, 1e6 * seconds])
             times.append(seconds)
         if m > _configs.SMALL_M:
@@ -152,20 +151,21 @@ def _tune_shape(
 
 
 def _fastest(
-    op: str, x: Tensor, weight: Weight, n: int, clock: Clock
+    op: str, x: Tensor, weight: Weight, clock: Clock
 ) -> tuple[_configs.MatmulConfig, float]:
     """Return the fastest of the cuts of a kernel that the model likes best, and its time."""
-    args = (x, n, BLOCK_SIZE, *weight, None, None, None, 1.0, None)
-    cuts = _configs.ranked(op, x.shape[0], n, x.shape[1], x.device)[:CUTS]
-    times = [clock(partial(LAUNCH[op], cut, *args)) for cut in cuts]
+    n, k = weight.shape
+    cuts = _configs.ranked(op, len(x), n, k, x.device)[:CUTS]
+    times = [clock(partial(LAUNCH[op], cut, x, weight, PLAIN_SUMS)) for cut in cuts]
     best = min(range(len(cuts)), key=times.__getitem__)
     return cuts[best], times[best]
 
 
 def _random_weight(n: int, k: int, device: torch.device) -> Weight:
-    """Return packed, absmax, absmax2 and offset of a random weight in fragments."""
+    """Return a random weight in fragments."""
     blocks = n * k // BLOCK_SIZE
     packed = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=device)
     absmax = torch.randint(256, (blocks,), dtype=torch.uint8, device=device)
     absmax2 = torch.rand(-(-blocks // ABSMAX_BLOCK_SIZE), device=device)
-    return packed, absmax, absmax2, torch.ones((), device=device)
+    scales = (absmax, absmax2, torch.ones((), device=device))
+    return Weight(packed, *scales, (n, k), BLOCK_SIZE, "fragments")

@@ -1,4 +1,4 @@
-"""Say which code multiplies by a quantized weight, where and why; nf4/ops/operators.py calls it."""
+"""Say which code multiplies by a quantized weight, where and why."""
 
 import importlib.util
 import math
@@ -71,7 +71,7 @@ def explain(shape: Sequence[int], q: NF4Tensor, dtype: torch.dtype | None = None
     if package == "nf4.gpu":
         from nf4.gpu.plan import plan
 
-        chosen = plan(m, n, k, dtype, q.layout, q.block_size, q.double_quant, q.device)
+        chosen = plan(m, (n, k), dtype, q.layout, q.block_size, q.double_quant, q.device)
         return Explanation(chosen.kernel, chosen.reason, chosen.seconds)
     missing = {"cpu": "numba", "cuda": "triton"}.get(kind)
     if package == "nf4.cpu":

@@ -2,14 +2,16 @@
 
 Registering them with ``torch.library`` makes them work under ``torch.compile(fullgraph=True)``,
 autocast, checkpointing and on meta tensors. Where nothing faster is at hand an operator computes
-what nf4/reference/ defines. nf4/ops/operators.py says which there are.
+what nf4/reference/ defines. Each is a file beside this one, imported by nf4/functional.py.
 """
 
 import importlib
 import importlib.util
+from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,64 +20,151 @@ from nf4 import reference
 from nf4.tensor import PLAIN
 from nf4.tools import streams
 
+Grads = dict[str, Tensor | None]  # of arguments, by their names
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The gradient of an operator.
+
+    Attributes:
+        backward: takes a context, which arguments need a gradient, and the gradients of all
+            results; returns the gradients of arguments by their names, those that have one.
+        keep: takes a context, which arguments need a gradient, the arguments and the result, and
+            lets the context keep what backward wants of them; None if it wants nothing.
+    """
+
+    backward: Callable[..., Grads]
+    keep: Callable[..., None] | None = None
+
+
+class Operator(NamedTuple):
+    """An operator, as it is called.
+
+    Attributes:
+        arguments: a tuple type, an argument a field.
+        compute: takes arguments, and computes past the dispatcher.
+        eager: the same with a gradient, of arguments one by one; None if it has none.
+        overload: PyTorch's.
+        functional: as torch.func takes it.
+    """
+
+    arguments: Any
+    compute: Callable[..., Any]
+    eager: Callable[..., Any] | None
+    overload: Any
+    functional: Callable[..., Any]
+
+
+_OPERATORS: dict[str, Operator] = {}
+
 
 def define(
     name: str,
     schema: str,
     compute: Callable[..., Any],
     fake: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., Any] | None = None,
+    gradient: Gradient | None = None,
     rows: bool = False,
     direct: Callable[..., Any] | None = None,
 ) -> None:
     """Register an operator ``nf4::name``.
+
+    Its functions take the arguments as one tuple, whose fields have the schema's names.
 
     Args:
         name: by which `call` finds it.
         schema: arguments and results.
         compute: what it computes.
         fake: the results' shapes and dtypes alone.
-        backward: its gradient.
-        setup_context: what backward keeps.
+        gradient: of it, if it has one.
         rows: whether the first argument may have any number of dimensions before its last.
         direct: what computes it past the dispatcher, where results may be None.
     """
     qualified = f"nf4::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "CompositeExplicitAutograd")(compute)
-    torch.library.register_fake(qualified)(fake)
-    eager, operator = None, getattr(torch.ops.nf4, name).default
-    functional = operator
+    overload = getattr(torch.ops.nf4, name).default
+    given = overload._schema.arguments
+    defaults = [one.default_value for one in given if one.has_default_value()]
+    arguments = namedtuple(name, [one.name for one in given], defaults=defaults)  # type: ignore[misc]
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(_packing(arguments, compute))
+    torch.library.register_fake(qualified)(_packing(arguments, fake))
     if "()" not in schema:
-        torch.library.register_vmap(qualified, partial(_batched, operator, rows))
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-        functional = _functional(operator, backward, setup_context)
-    if backward is not None and setup_context is not None:
-        eager = _eager(compute, backward, setup_context)
-    _OPERATORS[name] = (direct or compute, eager, operator, functional)
+        torch.library.register_vmap(qualified, partial(_batched, overload, rows))
+    eager, functional = None, overload
+    if gradient is not None:
+        backward, keep = _in_order(arguments, gradient), _keeping(arguments, gradient)
+        torch.library.register_autograd(qualified, backward, setup_context=keep)
+        functional = _functional(overload, backward, keep)
+        if gradient.keep is not None:
+            eager = _eager(arguments, compute, backward, keep)
+    _OPERATORS[name] = Operator(arguments, direct or compute, eager, overload, functional)
+
+
+def _packing(arguments: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of arguments one by one."""
+    return lambda *args, **named: function(arguments(*args, **named))
+
+
+def _in_order(arguments: Any, gradient: Gradient) -> Callable[..., Any]:
+    """Return a backward whose gradients stand in the order of the arguments."""
+    places = {name: i for i, name in enumerate(arguments._fields)}
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * len(places)
+        needs = arguments(*ctx.needs_input_grad)
+        for name, grad in gradient.backward(ctx, needs, *grads).items():
+            found[places[name]] = grad
+        return tuple(found)
+
+    return backward
+
+
+def _keeping(arguments: Any, gradient: Gradient) -> Callable[..., None]:
+    """Return what fills a context, as PyTorch calls it."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if gradient.keep is not None:
+            needs = arguments(*ctx.needs_input_grad)
+            gradient.keep(ctx, needs, arguments(*inputs), output)
+
+    return keep
 
 
 def _eager(
-    compute: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., Any]
+    arguments: Any,
+    compute: Callable[..., Any],
+    backward: Callable[..., Any],
+    keep: Callable[..., None],
 ) -> Callable[..., Any]:
     """Return an operator with its gradient, without PyTorch's dispatcher."""
 
     def forward(ctx: Any, *args: Any) -> Any:
         ctx.set_materialize_grads(False)  # of what is not differentiable, zeros would be made
-        ctx.inputs = len(args)
-        output = compute(*args)
-        setup_context(ctx, args, output)
+        output = compute(tuple.__new__(arguments, args))
+        keep(ctx, args, output)
         return output
 
     def gradients(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
-        return (None,) * ctx.inputs if grad is None else backward(ctx, grad, *others)
+        return nothing if grad is None else backward(ctx, grad, *others)
 
+    nothing = (None,) * len(arguments._fields)
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function: Any = type("NF4", (torch.autograd.Function,), methods)
     # past what Function.apply does for torch.func, whose tensors never come here
     return cast(Callable[..., Any], super(torch.autograd.Function, function).apply)
+
+
+def no_double_backward(ctx: Any, needs: Any, *grads: Tensor | None) -> Grads:
+    """Be the gradient of what computes a gradient."""
+    raise NotImplementedError(
+        "nf4: the gradient of a gradient is not implemented; "
+        "call backward without create_graph=True"
+    )
+
+
+def nothing(arguments: Any) -> None:
+    """Fake what writes to its arguments and returns nothing."""
 
 
 def is_transformed() -> bool:
@@ -119,28 +208,21 @@ def _batched(
 
 
 def _functional(
-    operator: Callable[..., Any],
-    backward: Callable[..., Any],
-    setup_context: Callable[..., Any] | None,
+    overload: Callable[..., Any], backward: Callable[..., Any], keep: Callable[..., None]
 ) -> Callable[..., Any]:
     """Return an operator with its gradient for torch.func's grad, vjp, jacrev and vmap.
 
     What ``torch.library.register_autograd`` makes of them torch.func refuses.
     """
     methods = {
-        "forward": staticmethod(operator),
+        "forward": staticmethod(overload),
         "backward": staticmethod(backward),
-        "setup_context": staticmethod(setup_context or (lambda ctx, inputs, output: None)),
+        "setup_context": staticmethod(keep),
         "jvp": staticmethod(_no_forward_mode),
         "generate_vmap_rule": True,
     }
     function: Any = type("NF4", (torch.autograd.Function,), methods)
     return cast(Callable[..., Any], function.apply)
-
-
-# name: what computes it, the same with a gradient if it has one, the operator itself, and the
-# operator as torch.func takes it
-_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None, Any, Any]] = {}
 
 
 def call(name: str, *args: Any) -> Any:
@@ -150,7 +232,7 @@ def call(name: str, *args: Any) -> Any:
     subclasses and modes (fake tensors, torch.compile, torch.func), while tracing, and to make
     views that are to be negated what they stand for.
     """
-    compute, eager, operator, functional = _OPERATORS[name]
+    arguments, compute, eager, operator, functional = _OPERATORS[name]
     compiling = torch.compiler.is_compiling()
     # `is_transformed` written out: a call less
     if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
@@ -173,7 +255,7 @@ def call(name: str, *args: Any) -> Any:
             return operator(*args)
     if found:
         return operator(*args) if eager is None else eager(*args)
-    return compute(*args)
+    return compute(tuple.__new__(arguments, args))
 
 
 _NO_TENSORS = {type(None), bool, int, float, str, list, torch.Size, torch.dtype}

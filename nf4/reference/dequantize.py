@@ -5,7 +5,6 @@ table. Source: QLoRA, section 3 (https://arxiv.org/abs/2305.14314).
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,44 +12,26 @@ from torch.nn.functional import embedding
 
 from nf4.codebook import nf4_byte_levels
 from nf4.reference._blocks import as_blocks
-from nf4.reference.dequantize_absmax import dequantize_absmax
+from nf4.reference.dequantize_absmax import scales_of
 from nf4.reference.repack import repack
+from nf4.tensor import Weight
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block_size: int,
-    dtype: torch.dtype,
-    layout: str = "rows",
-    out: Tensor | None = None,
-) -> Tensor:
+def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Dequantize to a dense tensor.
 
     Args:
-        packed: uint8, ``ceil(n / 2)`` bytes for n elements.
-        absmax: float32 ``[ceil(n / block_size)]``, or its uint8 codes if double-quantized.
-        absmax2: float32 ``[ceil(blocks / 256)]``; None without double quantization.
-        offset: float32 ``[]``; None without double quantization.
-        shape: sizes of the result, n elements in all.
-        block_size: elements that share one absmax.
+        weight: of any shape in rows, or a matrix in fragments.
         dtype: floating dtype of the result.
-        layout: order of packed and absmax, "rows" or "fragments", see `repack`.
-        out: where to write it, dtype ``shape``; new by default.
+        out: where to write it, dtype ``weight.shape``; new by default.
 
     Returns:
-        dtype ``shape``.
+        dtype ``weight.shape``.
     """
-    if layout == "fragments":
-        n, k = shape
-        packed, absmax = repack(packed, absmax, n, k, "rows")
-    if absmax2 is not None and offset is not None:
-        absmax = dequantize_absmax(absmax, absmax2, offset)
-    byte = as_blocks(packed, block_size // 2).int()
-    levels = embedding(byte, nf4_byte_levels(packed.device)).view(-1, block_size)
-    rounded = levels.mul_(absmax[:, None]).to(dtype)
-    rounded = rounded.view(-1)[: math.prod(shape)].view(tuple(shape))
+    shape, block_size = tuple(weight.shape), weight.block_size
+    weight = repack(weight, "rows")
+    byte = as_blocks(weight.packed, block_size // 2).int()
+    levels = embedding(byte, nf4_byte_levels(weight.device)).view(-1, block_size)
+    rounded = levels.mul_(scales_of(weight)[:, None]).to(dtype)
+    rounded = rounded.view(-1)[: math.prod(shape)].view(shape)
     return rounded if out is None else out.copy_(rounded)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, absmax_map
 from nf4.reference._blocks import as_blocks
+from nf4.tensor import Weight
 
 
 def dequantize_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
@@ -22,3 +23,10 @@ def dequantize_absmax(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     """
     d = as_blocks(absmax_map(codes.device)[codes.int()], ABSMAX_BLOCK_SIZE)
     return (d * absmax2[:, None]).view(-1)[: codes.numel()] + offset
+
+
+def scales_of(weight: Weight) -> Tensor:
+    """Return the scales of a weight's blocks, float32, in the order of its layout."""
+    if weight.absmax2 is None or weight.offset is None:
+        return weight.absmax
+    return dequantize_absmax(weight.absmax, weight.absmax2, weight.offset)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nf4.tools.dropout import dropout_threshold
+from nf4.tools.terms import Dropout
 
 MASK32 = 0xFFFFFFFF
 
@@ -59,6 +60,8 @@ def dropout_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
     return (halves >= dropout_threshold(p)).view(shape)
 
 
-def drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def drop(x: Tensor, dropout: Dropout) -> Tensor:
     """Return x with what `dropout_mask` drops set to zero; x itself without a seed."""
-    return x if seed is None else torch.where(dropout_mask(seed, x.shape, p), x, 0)
+    if dropout.seed is None:
+        return x
+    return torch.where(dropout_mask(dropout.seed, x.shape, dropout.p), x, 0)

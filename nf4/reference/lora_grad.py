@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nf4.reference.dropout_mask import drop
 from nf4.reference.linear import accumulator
+from nf4.tools.terms import Dropout
 
 
 def lora_grad(
@@ -18,8 +19,7 @@ def lora_grad(
     w: Tensor | None,
     scaling: float,
     need_sums: bool,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return scaling * drop(z).T @ v / (1 - p), scaling * z @ w, and the sums of the columns of z.
@@ -30,8 +30,7 @@ def lora_grad(
         w: floating ``[C, r]``, rounded to the dtype of z; None if z @ w is not wanted.
         scaling: factor of both products.
         need_sums: whether the sums are wanted.
-        dropout_p: probability of dropping an element of z from z.T @ v, in [0, 1).
-        seed: int64 ``[]`` of the dropout mask; None for no dropout. No w and no sums with dropout.
+        dropout: of z in z.T @ v; no w and no sums with it.
         transposed: whether the first product is wanted as ``[r, C]``.
 
     Returns:
@@ -39,7 +38,7 @@ def lora_grad(
     """
     acc = accumulator(z.dtype)
     wide = z.to(acc)
-    across = scaling * (drop(wide, dropout_p, seed).T @ v.to(acc)) / (1 - dropout_p)
+    across = scaling * (drop(wide, dropout).T @ v.to(acc)) / (1 - dropout.p)
     along = None if w is None else (scaling * (wide @ w.to(z.dtype).to(acc))).to(z.dtype)
     across = across.T.contiguous() if transposed else across
     return across, along, wide.sum(dim=0) if need_sums else None

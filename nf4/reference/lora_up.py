@@ -9,16 +9,10 @@ from torch import Tensor
 
 from nf4.reference.dropout_mask import drop
 from nf4.reference.linear import accumulator
+from nf4.tools.terms import Dropout
 
 
-def lora_up(
-    t: Tensor,
-    b: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
+def lora_up(t: Tensor, b: Tensor, scaling: float, bias: Tensor | None, dropout: Dropout) -> Tensor:
     """Return the sum.
 
     Args:
@@ -26,13 +20,12 @@ def lora_up(
         b: floating ``[r, N]``, of any strides, rounded to the dtype of t.
         scaling: factor of the product.
         bias: floating ``[N]`` or None.
-        dropout_p: probability of dropping an element of the product, in [0, 1).
-        seed: int64 ``[]`` of the dropout mask; None for no dropout.
+        dropout: of the product.
 
     Returns:
         dtype of t ``[M, N]``.
     """
     acc = accumulator(t.dtype)
     product = scaling * (t.to(acc) @ b.to(t.dtype).to(acc))
-    out = drop(product, dropout_p, seed) / (1 - dropout_p)
+    out = drop(product, dropout) / (1 - dropout.p)
     return (out if bias is None else out + bias.to(acc)).to(t.dtype)

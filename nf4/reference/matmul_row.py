@@ -8,24 +8,10 @@ import torch
 from torch import Tensor
 
 from nf4.reference.matmul_small import matmul_by_levels
+from nf4.tensor import Weight
+from nf4.tools.terms import PLAIN_SUMS, Epilogue
 
 
-def matmul_row(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    t: Tensor | None,
-    lora_B: Tensor | None,
-    scaling: float,
-    out_features: int,
-    block_size: int,
-    factor: Tensor | None = None,
-) -> Tensor:
+def matmul_row(x: Tensor, weight: Weight, epilogue: Epilogue = PLAIN_SUMS) -> Tensor:
     """Return y; arguments and result as of nf4/reference/matmul.py."""
-    weight = (packed, absmax, absmax2, offset)
-    return matmul_by_levels(
-        torch.float32, x, *weight, bias, t, lora_B, scaling, out_features, block_size, factor
-    )
+    return matmul_by_levels(torch.float32, x, weight, epilogue)

@@ -16,30 +16,23 @@ of 16, and K of 64 and of the block size.
 import torch
 from torch import Tensor
 
+from nf4.tensor import Weight
 
-def repack(
-    packed: Tensor, absmax: Tensor, rows: int, columns: int, layout: str
-) -> tuple[Tensor, Tensor]:
-    """Return packed and absmax in a layout, given them in the other.
 
-    Args:
-        packed: uint8 ``[rows, columns / 2]``.
-        absmax: float32 scales or their uint8 codes, one a block.
-        rows: N.
-        columns: K.
-        layout: "rows" or "fragments", the order wanted.
-
-    Returns:
-        packed: uint8 ``[rows, columns / 2]``.
-        absmax: as given, reordered.
-    """
+def repack(weight: Weight, layout: str) -> Weight:
+    """Return a matrix in a layout, "rows" or "fragments"; itself if it is in that already."""
+    if weight.layout == layout:
+        return weight
+    rows, columns = weight.shape
+    packed = weight.packed
     if layout == "fragments":
         # row tile, r, g, column tile, h, two bits of the nibble's place, t
         tiles = packed.view(rows // 16, 2, 8, columns // 64, 2, 4, 4).permute(0, 3, 2, 6, 1, 4, 5)
     else:
         tiles = packed.view(rows // 16, columns // 64, 8, 4, 2, 2, 4).permute(0, 4, 2, 1, 5, 6, 3)
     swapped = (tiles << 4 | tiles >> 4).reshape(rows, columns // 2)  # odd columns were low nibbles
-    return swapped, reorder_scales(absmax, rows, layout)
+    absmax = reorder_scales(weight.absmax, rows, layout)
+    return weight._replace(packed=swapped, absmax=absmax, layout=layout)
 
 
 def reorder_scales(absmax: Tensor, rows: int, layout: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import nf4
 from nf4.error import exact
+from nf4.tools.terms import Epilogue
 
 
 def lazy_zeros(n: int, dtype: torch.dtype) -> Tensor:
@@ -25,6 +27,15 @@ def error(found: Tensor, exact: Tensor) -> float:
 def on_gpus(cases: dict) -> list[tuple]:
     """Return (name of a case, GPU): all cases for sm_90, the first two for sm_80 too."""
     return [*((name, "sm_90") for name in cases), *((name, "sm_80") for name in list(cases)[:2])]
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """Return a tensor on a device, a tuple of them likewise, and anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) is tuple:
+        return tuple(to(v, device) for v in value)
+    return type(value)(*(to(v, device) for v in value)) if hasattr(value, "_fields") else value
 
 
 @dataclass
@@ -50,11 +61,9 @@ class Product:
         return Product(*moved, self.scaling, factor)
 
     def arguments(self) -> tuple:
-        """Return the arguments of `matmul` and `matmul_small`."""
-        f = nf4.to_fragments(self.q)
-        weight = (f.packed, f.absmax, f.absmax2, f.offset)
-        rest = (self.bias, self.t, self.lora_B, self.scaling, f.shape[0], f.block_size)
-        return (self.x, *weight, *rest, self.factor)
+        """Return the arguments of `matmul`, `matmul_small` and `matmul_row`."""
+        epilogue = Epilogue(self.bias, self.t, self.lora_B, self.scaling, self.factor)
+        return self.x, nf4.to_fragments(self.q).as_weight(), epilogue
 
     def check(self, run: Callable[..., Tensor], reference: Callable[..., Tensor]) -> Tensor:
         """Hold what a kernel returns to its reference and to float64, and return it."""
