@@ -28,6 +28,7 @@ import nf4
 from nf4.bench import pretended
 from nf4.bench.circumstances import circumstances
 from nf4.bench.markdown import heading, table
+from nf4.gpu.plan import always
 from nf4.tools.paths import write_file
 
 FORMAT = "nf4-host-cost-2"
@@ -83,7 +84,7 @@ def does() -> dict[str, pretended.Counts]:
     with pretended.pretended_gpu() as driver:
         with torch.no_grad():
             found = {name: pretended.counts(f, driver) for name, f in counted.items()}
-        with pretended.always("dequantize"):
+        with always("dequantize"):
             for name, step in stepped.items():
                 found[name] = pretended.counts(step, driver)
     return found
@@ -92,7 +93,7 @@ def does() -> dict[str, pretended.Counts]:
 def layers(calls: int = CALLS // 20) -> dict[str, float]:
     """Return microseconds of a layer's forward and backward, of stacks of `LAYERS`."""
     timed = steps(LAYERS)
-    with _gpu(), pretended.always("dequantize"):
+    with _gpu(), always("dequantize"):
         return {name: microseconds(step, calls) / LAYERS for name, step in timed.items()}
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 
 from nf4.bench.markdown import table
-from nf4.gpu.plan import plan
+from nf4.gpu.plan import Asked, chosen
 from nf4.kernels import _aot, _report
 from nf4.tools import cost
 
@@ -59,13 +59,14 @@ def products() -> Iterator[list[str]]:
     cpu = torch.device("cpu")  # stands for an H200
     for n, k in SHAPES:
         for m in ROWS:
-            chosen = plan(m, (n, k), torch.bfloat16, "fragments", 64, True, cpu)
-            ours = 1e6 * chosen.seconds
+            form = (torch.bfloat16, "fragments", 64, True, cpu)
+            choice = chosen(Asked("linear", m, (n, k), *form))
+            ours = 1e6 * (choice.seconds or 0.0)
             dense = 1e6 * cost.gemm_seconds(H200, m, n, k)
             library = dense + 1e6 * cost.dequantize_seconds(H200, n, k)
             limit = 1e6 * cost.linear_limit_seconds(H200, m, n, k)
             times = [f"{t:.1f}" for t in (limit, ours, dense, library)]
-            yield [f"{n}×{k}", str(m), chosen.kernel, *times, f"{limit / ours:.0%}"]
+            yield [f"{n}×{k}", str(m), choice.how, *times, f"{limit / ours:.0%}"]
 
 
 def steps() -> Iterator[list[str]]:

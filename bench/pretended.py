@@ -16,8 +16,6 @@ import triton
 from torch.profiler import ProfilerActivity, profile
 from triton.backends.compiler import GPUTarget
 
-from nf4.gpu import linear as gpu_linear
-from nf4.gpu.plan import Plan
 from nf4.kernels import _lanes
 from nf4.ops import registry
 from nf4.tools import streams
@@ -66,23 +64,13 @@ def pretended_gpu() -> Iterator[_Driver]:
         mock.patch.object(streams, "current_gpu", lambda: DEVICE),
         mock.patch.object(streams, "current_stream", lambda device: 0),
         mock.patch.object(_lanes, "has_shuffle", lambda tensor: True),
-        mock.patch.dict(registry._FASTER, {"cpu": registry._FASTER["cuda"]}),
+        registry.computing("cpu", "cuda"),
     ):
-        registry.implementation.cache_clear()
         real.set_active(_DRIVER)
         try:
             yield _DRIVER
         finally:
             real._active = before
-            registry.implementation.cache_clear()
-
-
-@contextmanager
-def always(kernel: str) -> Iterator[None]:
-    """Let one kernel multiply, whatever the sizes: small ones stand for large ones."""
-    chosen = Plan(kernel, "asked for", 0.0)
-    with mock.patch.object(gpu_linear, "plan", lambda *sizes: chosen):
-        yield
 
 
 @dataclass(frozen=True)

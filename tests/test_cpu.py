@@ -20,6 +20,7 @@ from nf4.cpu import dequantize as cpu_dequantize
 from nf4.cpu import dropout_mask as cpu_dropout_mask
 from nf4.cpu import linear as cpu_linear
 from nf4.cpu import lora_linear as cpu_lora_linear
+from nf4.cpu import plan as cpu_plan
 from nf4.cpu import quantize as cpu_quantize
 from nf4.cpu import quantize_absmax as cpu_quantize_absmax
 from nf4.error import exact
@@ -233,8 +234,8 @@ def test_cpu_across_sums_outer_products_in_fp32(m, n, r, monkeypatch) -> None:
 def units(request, monkeypatch) -> None:
     """Products of bf16 with the CPU's instructions for it, and as on a CPU without them."""
     if request.param == "fp32":
-        monkeypatch.setattr(cpu_linear, "multiplies_bf16", lambda: False)
-    elif not cpu_linear.multiplies_bf16():
+        monkeypatch.setattr(cpu_plan, "multiplies_bf16", lambda: False)
+    elif not cpu_plan.multiplies_bf16():
         pytest.skip("this CPU does not multiply bf16")
 
 
@@ -309,10 +310,10 @@ def test_cpu_few_rows_never_write_the_weight(monkeypatch) -> None:
 PEAK = """
 import json, sys, torch, nf4
 from nf4.bench.footprint import cpu_peak
-from nf4.cpu import linear
+from nf4.cpu import plan
 dtype, units = getattr(torch, sys.argv[1]), sys.argv[2] == "bf16"
 m, n, k = (int(size) for size in sys.argv[3:])
-linear.multiplies_bf16 = lambda: units
+plan.multiplies_bf16 = lambda: units
 w = torch.randn(n, k).to(dtype)
 x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
 q = nf4.quantize(w[:64])  # compiled before

@@ -12,21 +12,26 @@ from nf4.ops import registry
 Q = nf4.quantize(torch.randn(32, 128))
 
 
-def test_explain_names_what_runs_on_a_cpu(monkeypatch) -> None:
+def test_explain_names_what_runs_on_a_cpu() -> None:
     told = nf4.explain((2, 3, 128), Q)
     assert told.kernel == "nf4.cpu.linear.linear" and told.modelled_seconds is None
     assert str(told) == f"{told.kernel}: {told.reason}"
     assert told.reason.endswith("few rows are multiplied without writing W")
     many = nf4.explain((64, 128), Q)
     assert many.reason.endswith("slabs of W are dequantized and multiplied")
-    monkeypatch.setitem(registry._FASTER, "cpu", ())
-    registry.implementation.cache_clear()
-    try:
+    with registry.computing("cpu", "reference"):
         told = nf4.explain((2, 3, 128), Q)
         assert told.kernel == "nf4.reference.linear.linear"
         assert told.reason == "numba is not installed: the reference, in plain PyTorch"
-    finally:
-        registry.implementation.cache_clear()
+
+
+def test_explain_tells_of_adapters_and_of_gradients() -> None:
+    told = nf4.explain((2, 128), Q, r=4)
+    assert (told.how, told.kernel) == ("few rows", "nf4.cpu.lora_linear.lora_linear")
+    told = nf4.explain((2, 128), Q, torch.float32, r=4, dropout_p=0.1, backward=True)
+    assert (told.how, told.kernel) == ("slabs", "nf4.cpu.lora_linear.lora_linear_backward")
+    told = nf4.explain((2, 128), Q, torch.float32, backward=True)
+    assert (told.how, told.kernel) == ("slabs", "nf4.cpu.linear.linear_backward")
 
 
 BAD = {
@@ -37,6 +42,16 @@ BAD = {
         lambda: nf4.explain((128,), nf4.quantize(torch.ones(128))),
         ValueError,
         "a quantized",
+    ),
+    "rank": (
+        lambda: nf4.explain((3, 128), Q, r=-1),
+        ValueError,
+        "r: expected an int of at least 0",
+    ),
+    "dropout": (
+        lambda: nf4.explain((3, 128), Q, r=4, dropout_p=1),
+        ValueError,
+        r"dropout_p: expected a number in \[0, 1\), got 1",
     ),
     "dtype": (lambda: nf4.explain((3, 128), Q, "half"), TypeError, "dtype: expected a torch.dtype"),
 }

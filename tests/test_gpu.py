@@ -1,6 +1,7 @@
 """What a GPU computes with, put together: run on CPU tensors through the emulated kernels."""
 
 import dataclasses
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ pytest.importorskip("triton", reason="nf4.gpu needs Triton")
 
 import nf4
 from nf4.error import exact
-from nf4.gpu import linear as gpu_linear
 from nf4.gpu import plan as gpu_plan
 from nf4.gpu import tune
 from nf4.kernels import _measured
@@ -23,20 +23,19 @@ pytestmark = pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
 
 
 @pytest.fixture
-def gpu(emulate, monkeypatch):
+def gpu(emulate):
     """Let operators on CPU tensors take the way of a GPU."""
-    monkeypatch.setitem(registry._FASTER, "cpu", registry._KERNELS)
-    registry.implementation.cache_clear()
     scratch.release_scratch()
-    yield emulate
-    registry.implementation.cache_clear()
+    with registry.computing("cpu", "cuda"):
+        yield emulate
     scratch.release_scratch()
 
 
-def choose(monkeypatch, kernel: str) -> None:
-    """Let one kernel multiply, whatever the plan would be."""
-    chosen = gpu_plan.Plan(kernel, "for a test", 0.0)
-    monkeypatch.setattr(gpu_linear, "plan", lambda *sizes: chosen)
+@pytest.fixture
+def always():
+    """Let one kernel multiply for the rest of a test, whatever the plan would be."""
+    with ExitStack() as stack:
+        yield lambda kernel: stack.enter_context(gpu_plan.always(kernel))
 
 
 # rows of x, N, K, block size, rank, dropout, dtype, layout, kernel (None: what the plan says)
@@ -67,9 +66,9 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gpu_lora_linear_and_its_gradients_are_right(name, gpu, monkeypatch) -> None:
+def test_gpu_lora_linear_and_its_gradients_are_right(name, gpu, always) -> None:
     if CASES[name][-1]:
-        choose(monkeypatch, CASES[name][-1])
+        always(CASES[name][-1])
     launches = compare(CASES[name], 0.5, torch.ones(()), gpu)
     if name in LAUNCHES:
         assert launches == LAUNCHES[name]
@@ -77,17 +76,17 @@ def test_gpu_lora_linear_and_its_gradients_are_right(name, gpu, monkeypatch) -> 
 
 @pytest.mark.parametrize("name", ["decoding", "middle", "merged", "dropout", "dropout_fused"])
 @pytest.mark.parametrize("scaling", [2**-7, -3.0, 64.0])
-def test_gpu_lora_linear_of_outliers_is_right_at_any_scale(name, scaling, gpu, monkeypatch) -> None:
+def test_gpu_lora_linear_of_outliers_is_right_at_any_scale(name, scaling, gpu, always) -> None:
     if CASES[name][-1]:
-        choose(monkeypatch, CASES[name][-1])
+        always(CASES[name][-1])
     k = CASES[name][2]
     channels = torch.where(torch.rand(k) < 0.05, 100.0, 0.3)  # as the inputs of language models
     compare(CASES[name], scaling, channels, gpu)
 
 
 @pytest.mark.parametrize("kernel", ["matmul_small", "matmul", "dequantize"])
-def test_gpu_fp16_overflows_no_earlier_than_torch_s(kernel, gpu, monkeypatch) -> None:
-    choose(monkeypatch, kernel)
+def test_gpu_fp16_overflows_no_earlier_than_torch_s(kernel, gpu, always) -> None:
+    always(kernel)
     w = torch.full((32, 128), 100.0)
     w[:, 64:] = -100.0
     q = nf4.quantize(w.half())
@@ -154,9 +153,9 @@ def compare(case, scaling: float, channels: torch.Tensor, gpu) -> str:
 
 
 @pytest.mark.parametrize("kernel", [None, "dequantize"])
-def test_gpu_linear_and_its_gradient(kernel, gpu, monkeypatch) -> None:
+def test_gpu_linear_and_its_gradient(kernel, gpu, always) -> None:
     if kernel:
-        choose(monkeypatch, kernel)
+        always(kernel)
     q = nf4.quantize(torch.randn(48, 128) / 11)
     x = torch.randn(2, 20, 128, dtype=torch.bfloat16, requires_grad=True)
     bias = torch.randn(48)
@@ -170,8 +169,8 @@ def test_gpu_linear_and_its_gradient(kernel, gpu, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["x", "a", "b", "bias"])
-def test_gpu_lora_linear_computes_only_the_gradients_asked_for(wanted, gpu, monkeypatch) -> None:
-    choose(monkeypatch, "dequantize")
+def test_gpu_lora_linear_computes_only_the_gradients_asked_for(wanted, gpu, always) -> None:
+    always("dequantize")
     q = nf4.to_fragments(nf4.quantize(torch.randn(48, 64)))
     made = {
         "x": torch.randn(20, 64, dtype=torch.bfloat16),
@@ -193,8 +192,8 @@ def test_gpu_lora_linear_computes_only_the_gradients_asked_for(wanted, gpu, monk
     assert gpu.launches == expected[wanted]
 
 
-def test_gpu_inference_with_an_adapter_is_one_launch_and_a_product(gpu, monkeypatch) -> None:
-    choose(monkeypatch, "dequantize")
+def test_gpu_inference_with_an_adapter_is_one_launch_and_a_product(gpu, always) -> None:
+    always("dequantize")
     q = nf4.to_fragments(nf4.quantize(torch.randn(48, 64)))
     x = torch.randn(20, 64, dtype=torch.bfloat16)
     gpu.launches.clear()
@@ -214,8 +213,8 @@ def test_gpu_gradients_accumulate_in_place(gpu) -> None:
     assert len(set(pointers)) == 1
 
 
-def test_gpu_no_dense_weight_outlives_the_call(gpu, monkeypatch) -> None:
-    choose(monkeypatch, "dequantize")
+def test_gpu_no_dense_weight_outlives_the_call(gpu, always) -> None:
+    always("dequantize")
     q = nf4.to_fragments(nf4.quantize(torch.randn(64, 64)))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -272,7 +271,8 @@ def test_gpu_plan_follows_its_table(emulate, monkeypatch, tmp_path) -> None:
         block_size=64,
         double_quant=True,
     ):
-        return gpu_plan.plan(m, (n, k), dtype, layout, block_size, double_quant, cpu).kernel
+        form = (layout, block_size, double_quant, cpu)
+        return gpu_plan.chosen(gpu_plan.Asked("linear", m, (n, k), dtype, *form)).how
 
     found = [kernel(m) for m in (1, 3, 16, 64, 128, 129)]
     assert found == ["matmul_row"] + ["matmul_small"] * 3 + ["matmul", "dequantize"]
@@ -297,10 +297,51 @@ def test_gpu_explain_says_what_runs(gpu) -> None:
     assert nf4.explain((5, 128), f, torch.float32).reason == "x is torch.float32, not 16 bits wide"
 
 
+WAYS = {
+    "kernel": ({"r": 8}, "matmul_small"),
+    "merged": ({"m": 300, "r": 8}, "dequantize_merge"),
+    "added": ({"m": 300, "r": 8, "dropout_p": 0.1}, "dequantize"),
+    "gradient": ({"r": 8, "backward": True}, "dequantize_merge"),
+    "gradient_dropout": ({"r": 8, "dropout_p": 0.1, "backward": True}, "dequantize"),
+    "gradient_alone": ({"backward": True}, "dequantize"),
+    "large_rank": ({"r": 300}, "unfused"),
+    "fp32": ({"r": 8, "dtype": torch.float32}, "unfused"),
+}
+
+
+@pytest.mark.parametrize(("asked", "how"), WAYS.values(), ids=WAYS.keys())
+def test_gpu_explain_tells_of_adapters_and_gradients(asked, how, gpu) -> None:
+    f = nf4.to_fragments(nf4.quantize(torch.randn(64, 128).bfloat16()))
+    told = nf4.explain((asked.pop("m", 5), 128), f, asked.pop("dtype", None), **asked)
+    assert told.how == how
+    assert (told.seconds is None) == (how == "unfused") and told.reason
+
+
+def test_gpu_goes_the_way_that_explain_tells(gpu, monkeypatch) -> None:
+    asked = []
+    chosen = gpu_plan.chosen
+    monkeypatch.setattr(gpu_plan, "chosen", lambda one: asked.append(chosen(one)) or asked[-1])
+    q = nf4.quantize(torch.randn(64, 128).bfloat16())
+    a, b = torch.randn(4, 128, requires_grad=True), torch.randn(64, 4)
+    for held, p in ((q, 0.0), (nf4.to_fragments(q), 0.0), (nf4.to_fragments(q), 0.25)):
+        for m in (3, 300):
+            x = torch.randn(m, 128).bfloat16()
+            nf4.linear(x, held)
+            nf4.lora_linear(x, held, a, b, dropout_p=p).sum().backward()
+            ran, asked[:] = list(asked), []
+            told = [
+                nf4.explain(x.shape, held),
+                nf4.explain(x.shape, held, r=4, dropout_p=p),
+                nf4.explain(x.shape, held, r=4, dropout_p=p, backward=True),
+            ]
+            assert all(one is other for one, other in zip(ran, told, strict=True))
+            asked.clear()
+
+
 @pytest.mark.parametrize("kernel", ["matmul_row", "matmul_small", "matmul", "dequantize"])
-def test_gpu_scales_outputs_in_the_product_s_own_launch(kernel, gpu, monkeypatch) -> None:
+def test_gpu_scales_outputs_in_the_product_s_own_launch(kernel, gpu, always) -> None:
     """In evaluation; in training the product is kept unscaled, for the factor's gradient."""
-    choose(monkeypatch, kernel)
+    always(kernel)
     rows = {"matmul_row": 2, "matmul_small": 7}.get(kernel, 40)
     q = nf4.to_fragments(nf4.quantize(torch.randn(96, 256)))
     x, bias, factor = torch.randn(rows, 256).bfloat16(), torch.randn(96), torch.randn(2, 96).T[:, 0]

@@ -37,6 +37,11 @@ def slow_beyond(limit: int, favourite: int):
     return clock
 
 
+def kernel_for(rows: int, shape: tuple[int, int]):
+    form = (torch.bfloat16, "fragments", 64, True, CPU)
+    return plan.chosen(plan.Asked("linear", rows, shape, *form))
+
+
 def test_tune_writes_what_later_choices_follow(folder) -> None:
     n, k = SHAPE
     before = _configs.matmul_config(64, n, k, CPU), plan.fused_limit(n, k, 64, CPU)
@@ -49,8 +54,8 @@ def test_tune_writes_what_later_choices_follow(folder) -> None:
     assert found["fused_limits"] == [[n, k, 64]]
     assert {row[0] for row in found["tiles"]} == {"matmul", "matmul_small"}
     assert plan.fused_limit(n, k, 64, CPU) == (64, f"measured on W {n}×{k}")
-    assert plan.plan(64, SHAPE, torch.bfloat16, "fragments", 64, True, CPU).kernel == "matmul_small"
-    assert plan.plan(65, SHAPE, torch.bfloat16, "fragments", 64, True, CPU).kernel == "dequantize"
+    assert kernel_for(64, SHAPE).how == "matmul_small"
+    assert kernel_for(65, SHAPE).how == "dequantize"
     chosen = _configs.matmul_config(50, n, k, CPU)
     assert chosen.split_k == favourite
     assert chosen == next(
@@ -66,10 +71,8 @@ def test_plan_takes_the_limit_of_the_nearest_weight(folder) -> None:
     folder.mkdir()
     limits = [[4096, 4096, 300], [28672, 8192, 900]]
     (folder / "H200.json").write_text(json.dumps({"fused_limits": limits, "tiles": []}))
-    chosen = [
-        plan.plan(m, (5000, 4096), torch.bfloat16, "fragments", 64, True, CPU) for m in (300, 301)
-    ]
-    assert [c.kernel for c in chosen] == ["matmul", "dequantize"]
+    chosen = [kernel_for(m, (5000, 4096)) for m in (300, 301)]
+    assert [c.how for c in chosen] == ["matmul", "dequantize"]
     assert chosen[1].reason == "301 rows are more than 300, measured on W 4096×4096"
 
 

@@ -9,11 +9,8 @@ A slab of W is dequantized into at most 12 MB, multiplied, and overwritten later
 to fp32 goes some rows at a time: beyond inputs and outputs memory stays below 64 MiB.
 """
 
-import os
 import threading
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +18,7 @@ from torch import Tensor
 from nf4.cpu import few_rows
 from nf4.cpu._memory import new_empty
 from nf4.cpu.dequantize import Arrays, as_arrays, dequantize_blocks, dequantize_columns
+from nf4.cpu.plan import choose, has_column_slabs
 from nf4.reference.linear import accumulator
 from nf4.reference.repack import repack
 from nf4.tensor import Weight
@@ -34,45 +32,6 @@ SLAB = 12 << 20
 # cores that multiplied by it: to write there again takes twice as long.
 ARENA = 2 * SLAB
 WIDE = 1 << 21  # elements of x, or of sums, held in fp32 at a time
-MOST_COLUMNS = 1 << 23  # elements of the narrowest slab of whole columns worth having
-# Up to so many rows few_rows beats the product of slabs, in bf16 where the CPU has it or in fp32
-FEW_ROWS = {True: 8, False: 16}
-# What oneDNN may be told to stay below
-_WITHOUT_BF16 = {
-    "SSE41",
-    "AVX",
-    "AVX2",
-    "AVX2_VNNI",
-    "AVX2_VNNI_2",
-    "AVX512_CORE",
-    "AVX512_CORE_VNNI",
-}
-
-
-@lru_cache
-def multiplies_bf16() -> bool:
-    """Return whether the CPU has instructions that multiply bf16, and PyTorch's library uses them.
-
-    Without them the library emulates bf16, slower than fp32.
-    """
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper() not in _WITHOUT_BF16
-    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    has = any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return bool(has and allowed and torch.backends.mkldnn.enabled)
-
-
-def in_bf16(dtype: torch.dtype) -> bool:
-    """Return whether products of a dtype are taken by instructions for bf16."""
-    return dtype == torch.bfloat16 and multiplies_bf16()
-
-
-def path(m: int, k: int, dtype: torch.dtype, block_size: int) -> str:
-    """Return what multiplies x ``[m, k]``: "few rows", "bf16" or "slabs"."""
-    native = in_bf16(dtype)
-    whole = k > 0 and k % block_size == 0
-    if dtype != torch.float64 and whole and 1 <= m <= FEW_ROWS[native]:
-        return "few rows"
-    return "bf16" if native else "slabs"
 
 
 def _row_slabs(
@@ -121,11 +80,6 @@ def _slab(size: int, dtype: torch.dtype) -> Tensor:
 
 _next = threading.local()
 _LINE = 64  # elements, which is more
-
-
-def has_column_slabs(rows: int, columns: int, block_size: int) -> bool:
-    """Return whether columns of W can be dequantized without the others."""
-    return columns % block_size == 0 and rows * block_size <= MOST_COLUMNS
 
 
 def add_product(y: Tensor, x: Tensor, weight: Arrays, beta: int = 1) -> Tensor:
@@ -195,7 +149,7 @@ def linear(
         return linear(x, weight, bias).mul_(factor)
     rows = as_rows(x)
     m, (n, k) = len(rows), weight.shape
-    how = path(m, k, x.dtype, weight.block_size)
+    how = choose("linear", m, weight, x.dtype).how
     if how == "few rows":
         return unflattened(few_rows.product(rows, repack(weight, "rows"), bias), x)
     arrays = as_arrays(weight)
@@ -222,7 +176,7 @@ def linear_backward(dy: Tensor, weight: Weight) -> Tensor:
     if accumulator(dy.dtype) == dy.dtype:
         return product_backward(rows, arrays, k).view(*dy.shape[:-1], k)
     dx = new_empty((m, k), dy.dtype)
-    if in_bf16(dy.dtype) and has_column_slabs(n, k, weight.block_size):
+    if choose("linear_backward", m, weight, dy.dtype).how == "bf16":
         add_product_backward(dx, rows, arrays, beta=0)
     else:
         for part in parts(m, dy.dtype, n, k):

@@ -17,14 +17,12 @@ from nf4.cpu.dropout_mask import drop, dropout_mask
 from nf4.cpu.linear import (
     add_product,
     add_product_backward,
-    has_column_slabs,
-    in_bf16,
     parts,
-    path,
     product,
     product_backward,
     widened,
 )
+from nf4.cpu.plan import choose
 from nf4.reference.linear import accumulator
 from nf4.reference.lora_linear import Gradients, add_lora
 from nf4.reference.repack import repack
@@ -50,7 +48,7 @@ def lora_linear(
     lora_A, lora_B, scaling, dropout = low_rank
     dropped = drop(x, dropout)
     low_rank = LowRank(lora_A, lora_B, scaling, Dropout(dropout.p))  # what is dropped is dropped
-    how = path(m, k, x.dtype, weight.block_size)
+    how = choose("lora_linear", m, weight, x.dtype, low_rank).how
     if how == "few rows":
         wide = few_rows.product(x, repack(weight, "rows"), bias, rounded=False)
         return add_lora(wide, dropped, low_rank, None)
@@ -76,12 +74,12 @@ def lora_linear_backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """Return the gradients of x, bias, lora_A and lora_B; as in nf4/reference/lora_linear.py."""
-    m, (n, k) = len(dy), weight.shape
+    m, n = dy.shape
     lora_A, lora_B, scaling, dropout = low_rank
     arrays = as_arrays(weight) if needs[0] else None
     a, b = (matrix.to(dy.dtype) for matrix in (lora_A, lora_B))
     u, dx = None, None
-    if in_bf16(dy.dtype) and has_column_slabs(n, k, weight.block_size):
+    if choose("lora_linear_backward", m, weight, dy.dtype, low_rank).how == "bf16":
         if needs[0] or x is not None:
             u = _scaled(dy, b, scaling)
         if arrays is not None and u is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
-from nf4.gpu.plan import plan
+from nf4.gpu.plan import choose
 from nf4.kernels._launch import spoil
 from nf4.kernels.dequantize import dequantize
 from nf4.kernels.matmul import matmul
@@ -30,12 +30,6 @@ def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
     return dequantize(weight, dtype, dense_scratch((n, k), dtype, weight.device))
 
 
-def planned(m: int, weight: Weight, dtype: torch.dtype) -> str:
-    """Return the name of the kernel that multiplies so many rows by a weight."""
-    form = (weight.layout, weight.block_size, weight.absmax2 is not None, weight.packed.device)
-    return plan(m, tuple(weight.shape), dtype, *form).kernel
-
-
 def linear(
     x: Tensor, weight: Weight, bias: Tensor | None = None, factor: Tensor | None = None
 ) -> Tensor:
@@ -43,7 +37,7 @@ def linear(
     rows, weight = as_rows(x).contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     factor = None if factor is None else factor.contiguous()
-    kernel = planned(len(rows), weight, x.dtype)
+    kernel = choose("linear", len(rows), weight, x.dtype).how
     if kernel in KERNELS:
         y: Tensor = KERNELS[kernel](rows, weight, Epilogue(bias, factor=factor))
     else:

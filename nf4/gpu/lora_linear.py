@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
-from nf4.gpu.linear import KERNELS, dense_scratch, dense_weight, planned
-from nf4.gpu.plan import has_matrix_kernels
+from nf4.gpu.linear import KERNELS, dense_scratch, dense_weight
+from nf4.gpu.plan import choose
 from nf4.kernels._launch import spoil
 from nf4.kernels.dequantize_merge import dequantize_merge
 from nf4.kernels.lora_down import lora_down
@@ -30,19 +30,8 @@ from nf4.tools import scratch
 from nf4.tools.rows import as_rows, unflattened
 from nf4.tools.terms import NO_DROPOUT, Dropout, Epilogue, LowRank
 
-MAX_RANK = 256
 # H200, W 14336×4096, merging: 47 µs with A and B of rank 16 in fp32, 46 in bf16; of 64, 74 and 57
 MOST_RANK_ROUNDED_BY_KERNELS = 16
-# What the fused kernels take: they divide their sums by it, and multiply later
-LEAST_SCALING, GREATEST_SCALING = 2.0**-100, 2.0**100
-
-
-def _fits(x: Tensor, low_rank: LowRank) -> bool:
-    """Return whether the adapter's kernels take these sizes; dropout goes by groups of eight."""
-    if x.dtype not in (torch.float16, torch.bfloat16) or not has_matrix_kernels(x.device):
-        return False
-    r, k = low_rank.lora_A.shape
-    return r <= MAX_RANK and (low_rank.dropout.seed is None or k % 8 == 0)
 
 
 def _rounded(low_rank: LowRank, dtype: torch.dtype) -> LowRank:
@@ -61,9 +50,8 @@ def lora_linear(
     x, weight = x.contiguous(), weight.contiguous()
     m = math.prod(x.shape[:-1])
     bias = None if bias is None else bias.contiguous()
-    kernel = planned(m, weight, x.dtype)
-    fits = _fits(x, low_rank)
-    if fits and kernel == "dequantize" and _merges(weight, low_rank):
+    how = choose("lora_linear", m, weight, x.dtype, low_rank).how
+    if how == "dequantize_merge":
         low_rank = _rounded(low_rank, x.dtype)
         t = lora_down(x, low_rank.lora_A, NO_DROPOUT) if need_t else x.new_empty(0)
         w = _merged(weight, low_rank, x.dtype)
@@ -72,12 +60,12 @@ def lora_linear(
         # With a bias the library returns a view, which autograd would not let be written to
         return unflattened(library_linear(as_rows(x), w, bias.to(x.dtype)), x), t
     given, x = x, as_rows(x)
-    if not fits:
+    if how == "unfused":
         acc = accumulator(x.dtype)
         y = x.to(acc) @ dense_weight(weight, x.dtype).to(acc).T
         y, t = add_lora(y, x, low_rank, bias)
         return unflattened(y, given), t
-    if kernel in KERNELS:  # which round what they read; a copy would be more than a launch
+    if how in KERNELS:  # which round what they read; a copy would be more than a launch
         lora_A, lora_B = low_rank.lora_A.contiguous(), low_rank.lora_B.contiguous()
     else:
         lora_A, lora_B = _rounded(low_rank, x.dtype)[:2]
@@ -85,8 +73,8 @@ def lora_linear(
     if not need_t:
         own = scratch.matrix(f"t, {x.dtype}", (m, len(lora_A)), x.dtype, x.device)
     t, scaling = lora_down(x, lora_A, low_rank.dropout, own), low_rank.scaling
-    if kernel in KERNELS and LEAST_SCALING <= abs(scaling) <= GREATEST_SCALING:
-        y = KERNELS[kernel](x, weight, Epilogue(bias, t, lora_B, scaling))
+    if how in KERNELS:
+        y = KERNELS[how](x, weight, Epilogue(bias, t, lora_B, scaling))
     else:
         w = dense_weight(weight, x.dtype)
         y = lora_up(t, lora_B.T, scaling, bias, NO_DROPOUT).addmm_(x, w.T)
@@ -103,10 +91,12 @@ def lora_linear_backward(
 ) -> Gradients:
     """Return the gradients of x, bias, lora_A and lora_B; as in nf4/reference/lora_linear.py."""
     given, dy, weight = dy, dy.contiguous(), weight.contiguous()
-    fits, merges = _fits(dy, low_rank), _merges(weight, low_rank)
-    if not (fits and merges):
+    m = math.prod(dy.shape[:-1])
+    how = choose("lora_linear_backward", m, weight, dy.dtype, low_rank).how
+    merges = how == "dequantize_merge"
+    if not merges:
         dy, x = as_rows(dy), None if x is None else as_rows(x)
-    if not fits:
+    if how == "unfused":
         dx = None
         if needs[0]:
             acc = accumulator(dy.dtype)
@@ -135,11 +125,6 @@ def lora_linear_backward(
         w = dense_weight(weight, dy.dtype)
         dx = unflattened(lora_up(u, lora_A, 1.0, None, dropout).addmm_(dy, w), given)
     return dx, dbias, dA, dB
-
-
-def _merges(weight: Weight, low_rank: LowRank) -> bool:
-    """Return whether an adapter can be merged into a weight as it is dequantized."""
-    return weight.layout == "fragments" and low_rank.dropout.seed is None
 
 
 def _merged(weight: Weight, low_rank: LowRank, dtype: torch.dtype) -> Tensor:

@@ -118,7 +118,7 @@ def forget() -> None:
         _measured.measured,
         _configs.matmul_config,
         _configs.matmul_small_config,
-        plan.plan,
+        plan.chosen,
         plan.fused_limit,
     ):
         cached.cache_clear()

@@ -8,7 +8,8 @@ what nf4/reference/ defines. Each is a file beside this one, imported by nf4/fun
 import importlib
 import importlib.util
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
@@ -270,7 +271,7 @@ _KERNELS = (
     ),
     ("nf4.gpu", "triton", ("linear", "lora_linear")),
 )
-_FASTER = {
+_FASTER: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
     "cuda": _KERNELS,  # ROCm calls itself cuda too
     "xpu": _KERNELS[:1],
     "cpu": (
@@ -281,6 +282,24 @@ _FASTER = {
         ),
     ),
 }
+
+
+@contextmanager
+def computing(device_type: str, like: str) -> Iterator[None]:
+    """Let a kind of device be computed on as another is, within a ``with``.
+
+    Args:
+        device_type: "cpu", "cuda" or "xpu".
+        like: one of these, or "reference" for plain PyTorch.
+    """
+    before = _FASTER[device_type]
+    _FASTER[device_type] = _FASTER.get(like, ())
+    implementation.cache_clear()
+    try:
+        yield
+    finally:
+        _FASTER[device_type] = before
+        implementation.cache_clear()
 
 
 @lru_cache
