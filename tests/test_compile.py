@@ -118,11 +118,11 @@ def test_a_parametrized_adapter_is_computed_with() -> None:
     x, plain = torch.randn(3, 96), nf4.linear
     base = plain(x, layer.weight, layer.bias)
     low = layer(x) - base
-    parametrize.register_parametrization(layer, "lora_B", Doubled())
+    parametrize.register_parametrization(layer.lora, "lora_B", Doubled())
     assert error(layer(x) - base, 2 * low) < 1e-5
     layer(x).sum().backward()
-    assert layer.parametrizations.lora_B.original.grad is not None
-    parametrize.remove_parametrizations(layer, "lora_B", leave_parametrized=False)
+    assert layer.lora.parametrizations.lora_B.original.grad is not None
+    parametrize.remove_parametrizations(layer.lora, "lora_B", leave_parametrized=False)
     assert error(layer(x) - base, low) < 1e-5
 
 

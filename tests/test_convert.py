@@ -206,7 +206,8 @@ def test_add_lora_freezes_all_but_the_adapters(block) -> None:
     packed = model.up.packed
     assert nf4.add_lora(model, r=4, lora_alpha=8, lora_dropout=0.1) is model
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert trainable == ["up.lora_A", "up.lora_B", "down.lora_A", "down.lora_B"]
+    own = ["adapters.default.lora_A", "adapters.default.lora_B"]
+    assert trainable == [f"{layer}.{name}" for layer in ("up", "down") for name in own]
     assert torch.equal(model(x), base)
     assert model.up.packed.data_ptr() == packed.data_ptr(), "the weight is shared, not copied"
 

@@ -30,7 +30,7 @@ def test_kind_starts_at_the_base_trains_only_itself_and_switches_off(kind, base)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     adapters = [layer.named_adapters()["default"] for layer in adapted_layers(model)]
-    own = [p for adapter in adapters for p in adapter.parameters_of_adapter()]
+    own = [p for adapter in adapters for p in adapter.parameters()]
     assert {id(model.get_parameter(n)) for n in trained} == set(map(id, own)) and trained
     optimizer = torch.optim.Adam(own, lr=1e-2)
     losses = []

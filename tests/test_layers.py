@@ -101,7 +101,7 @@ def test_calls_like_linear() -> None:
 def test_weight_is_frozen_and_only_the_adapter_and_bias_train() -> None:
     layer = make(nf4.QLoRALinear)
     trainable = {name for name, p in layer.named_parameters() if p.requires_grad}
-    assert trainable == {"lora_A", "lora_B", "bias"}
+    assert trainable == {"adapters.default.lora_A", "adapters.default.lora_B", "bias"}
     nn.init.normal_(layer.lora_B)
     layer(torch.randn(3, 96)).sum().backward()
     assert {name for name, p in layer.named_parameters() if p.grad is not None} == trainable
@@ -203,7 +203,37 @@ def test_state_dict_round_trips_strictly(kind, double_quant, how) -> None:
 
 def test_state_dict_keys_are_the_documented_ones() -> None:
     keys = list(make(nf4.QLoRALinear).state_dict())
-    assert keys == ["packed", "absmax", "absmax2", "offset", "bias", "lora_A", "lora_B"]
+    own = ["packed", "absmax", "absmax2", "offset", "bias"]
+    assert keys == [*own, "adapters.default.lora_A", "adapters.default.lora_B"]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"adapter_name": "en"}], ids=str)
+def test_state_dicts_with_the_adapter_among_the_layer_s_own_still_load(options) -> None:
+    layers = [make(nf4.QLoRALinear, **options) for _ in range(2)]
+    model = nn.Sequential(layers[0], nn.Identity())
+    nn.init.normal_(layers[0].lora_B)
+    inside = f"adapters.{layers[0].adapter_name}."
+    old = {name.replace(inside, ""): t for name, t in model.state_dict().items()}
+    assert "0.lora_A" in old and not any("adapters" in name for name in old)
+    found = nn.Sequential(layers[1], nn.Identity())
+    found.load_state_dict(old)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+def test_what_is_the_adapter_s_is_the_layer_s_too() -> None:
+    layer = make(nf4.QLoRALinear, r=4, lora_alpha=8)
+    adapter = layer.adapters["default"]
+    assert layer.lora is adapter and list(layer.named_adapters()) == ["default"]
+    assert layer.lora_A is adapter.lora_A and layer.lora_B is adapter.lora_B
+    assert (layer.r, layer.lora_alpha, layer.scaling, layer.lora_dropout) == (4, 8, 2.0, 0.0)
+    layer.lora_dropout = 0.25
+    layer.lora_B = nn.Parameter(torch.ones_like(layer.lora_B))
+    assert adapter.lora_dropout == 0.25 and (adapter.lora_B == 1).all()
+    assert "lora_B" not in vars(layer) and "lora_B" not in layer._parameters
+    del layer.adapters["default"]
+    with pytest.raises(RuntimeError, match="expected a LoRA adapter 'default', got none"):
+        layer.lora  # noqa: B018
 
 
 @pytest.mark.parametrize(

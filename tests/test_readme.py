@@ -26,7 +26,7 @@ def test_readme_examples_run_in_order(tmp_path, monkeypatch, capsys) -> None:
         "4.127 bits per weight)",
         "0.092 of the norm, 20.7 dB",
         "0.083",
-        "['bias', 'lora_A', 'lora_B']",
+        "['bias', 'adapters.default.lora_A', 'adapters.default.lora_B']",
     ):
         assert line in printed and line in README
     for name in ("adapter/adapter_config.json", "quantized/config.json", "peft-adapter"):

@@ -88,7 +88,7 @@ class AdaptedLayer(nn.Module):
         adapters = self.named_adapters()
         self.active_adapters = tuple(name for name in dict.fromkeys(names) if name in adapters)
         for name, adapter in adapters.items():
-            for parameter in adapter.parameters_of_adapter():
+            for parameter in adapter.parameters():
                 parameter.requires_grad_(name in self.active_adapters)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ _HARMLESS = frozenset(
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LoRATerm:
     """The term of one adapter.
 
     A plain LoRA adapter right on a 4-bit weight is computed with it by `nf4.lora_linear`. DoRA
@@ -136,7 +136,7 @@ class LowRank:
 
 
 @torch.no_grad()
-def weight_norm(weight: NF4Tensor | Tensor, adapter: LowRank | None = None) -> Tensor:
+def weight_norm(weight: NF4Tensor | Tensor, adapter: LoRATerm | None = None) -> Tensor:
     """Return the length of each row of W + s B A, without making that sum.
 
     |w + s b A|^2 = |w|^2 + 2 s b.(A w) + s^2 b (A A^T) b for a row w of W and b of B.
@@ -220,7 +220,15 @@ class LoRA(Adapter):
 
     ``lora_A`` float32 ``[r, in_features]`` starts as PEFT's does and ``lora_B`` float32
     ``[out_features, r]`` at zero; ``lora_magnitude`` float32 ``[out_features]`` at the length of
-    each row of the weight. The options are those of `QLoRALinear`.
+    each row of the weight.
+
+    Args:
+        base: the layer's product.
+        r: rank.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: probability of dropping an input of the adapter in training.
+        use_rslora: divide lora_alpha by sqrt(r), and not by r.
+        use_dora: learn the length of each row of the weight.
     """
 
     peft_type = "LORA"
@@ -232,28 +240,30 @@ class LoRA(Adapter):
     lora_B: nn.Parameter
     lora_magnitude: nn.Parameter | None
 
+    def __init__(
+        self,
+        base: Base,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+    ) -> None:
+        super().__init__()
+        self._set_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
+        (n, k), options = base.weight.shape, {"dtype": torch.float32, "device": base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(r, k, **options))  # type: ignore[call-overload]
+        self.lora_B = nn.Parameter(torch.zeros(n, r, **options))  # type: ignore[call-overload]
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.register_parameter("lora_magnitude", None)
+        if use_dora:
+            self.lora_magnitude = nn.Parameter(weight_norm(base.weight))
+
     def _set_options(
         self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, use_dora: bool
     ) -> None:
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.use_dora = use_rslora, use_dora
-
-    def _make_adapter(self, base: Base) -> None:
-        (n, k), options = base.weight.shape, {"dtype": torch.float32, "device": base.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(self.r, k, **options))  # type: ignore[call-overload]
-        self.lora_B = nn.Parameter(torch.zeros(n, self.r, **options))  # type: ignore[call-overload]
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.register_parameter("lora_magnitude", None)
-        if self.use_dora:
-            self.lora_magnitude = nn.Parameter(weight_norm(base.weight))
-
-    @classmethod
-    def of(cls, base: Base, **options: Any) -> "LoRA":
-        """Return a new adapter for a layer's product."""
-        adapter = LoRA()
-        adapter._set_options(**options)
-        adapter._make_adapter(base)
-        return adapter
 
     @torch.no_grad()
     def start_from(self, base: Base, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -265,7 +275,7 @@ class LoRA(Adapter):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `of` makes another adapter like this one by."""
+        """What another adapter like this one is made by."""
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
         return {name: getattr(self, name) for name in names}
 
@@ -274,15 +284,10 @@ class LoRA(Adapter):
         """Factor of the adapter's output."""
         return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
 
-    def parameters_of_adapter(self) -> list[nn.Parameter]:
-        """Return what is trained of the adapter."""
-        found = (self.lora_A, self.lora_B, self.lora_magnitude)
-        return [p for p in found if p is not None]
-
-    def term(self) -> LowRank:
+    def term(self) -> LoRATerm:
         """Return what the adapter computes with, dropout only in training."""
         dropout_p = self.lora_dropout if self.training else 0.0
-        return LowRank(self.lora_A, self.lora_B, self.scaling, dropout_p, self.lora_magnitude)
+        return LoRATerm(self.lora_A, self.lora_B, self.scaling, dropout_p, self.lora_magnitude)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what PEFT's files hold, by the ends of their names."""
@@ -334,7 +339,7 @@ class LoRA(Adapter):
         if (magnitude is not None) != options["use_dora"]:
             what = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
             raise ValueError(f"expected what use_dora={options['use_dora']} needs, got {what}")
-        adapter = cls.of(base, **options)
+        adapter = cls(base, **options)
         if magnitude is not None and tuple(magnitude.shape) != (n,):
             raise ValueError(
                 f"expected lora_magnitude_vector of shape ({n},), got {tuple(magnitude.shape)}"

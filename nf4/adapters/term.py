@@ -226,10 +226,6 @@ class Adapter(nn.Module):
         """Describe the adapter in ``print(model)``."""
         return self.summary()
 
-    def parameters_of_adapter(self) -> list[nn.Parameter]:
-        """Return what is trained of the adapter."""
-        return list(self.parameters())
-
     def fits(self, other: "Adapter") -> bool:
         """Return whether this adapter can take on the values of another."""
         own, new = self.tensors(), other.tensors()

@@ -95,7 +95,7 @@ def adapter_files(
     for name, adapter in layers.items():
         if any(t.is_meta for t in adapter.tensors().values()):
             raise ValueError(f"{name}: expected an adapter with values, got one on meta")
-        if not all(p.isfinite().all() for p in adapter.parameters_of_adapter()):
+        if not all(p.isfinite().all() for p in adapter.parameters()):
             raise ValueError(f"{name}: expected an adapter of finite values to save, got others")
         others = {part: alias for alias, part in adapter.aliases.items()} if with_base else {}
         for part, tensor in adapter.tensors().items():

@@ -1,6 +1,7 @@
 """Linear layers on a 4-bit weight: LinearNF4, frozen, and QLoRALinear, with a trainable adapter."""
 
 import math
+from operator import attrgetter
 from typing import Any, Self
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from nf4.adapters.layer import AdaptedLayer, check_adapter_name
 from nf4.adapters.lora import LoRA, check_lora_options
-from nf4.adapters.term import Adapter, Base, Folded
+from nf4.adapters.term import Base, Folded
 from nf4.functional import dequantize, linear, quantize, to_fragments, to_rows
 from nf4.layers.module import QuantizedModule
 from nf4.ops import replay
@@ -322,15 +323,24 @@ class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
         return weight.to(self.dtype), bias
 
 
-class QLoRALinear(AdaptedLinearNF4, LoRA):
+class _OfLora(property):
+    """An attribute of a layer that is one of its adapter."""
+
+
+def _of_lora(name: str) -> Any:
+    return _OfLora(attrgetter(f"lora.{name}"), doc=f"``{name}`` of the layer's adapter.")
+
+
+class QLoRALinear(AdaptedLinearNF4):
     """A `LinearNF4` with a trainable low-rank adapter: y = x W^T + s dropout(x) A^T B^T + bias.
 
     ``lora_A`` float32 ``[r, in_features]`` starts as PEFT's does and ``lora_B`` float32
     ``[out_features, r]`` at zero, so that the first output equals the base's. s is lora_alpha / r,
     or lora_alpha / sqrt(r) with use_rslora. DoRA learns ``lora_magnitude`` ``[out_features]`` too.
 
-    The first adapter's parameters are the layer's own; `add_adapter` puts others beside it, under
-    ``adapters.<name>``, and `active_adapters` says which are computed.
+    The adapter is held under ``adapters.<adapter_name>``, beside others that `add_adapter` puts
+    there; `active_adapters` says which are computed. Its tensors and options are the layer's too,
+    by the names above and those of the arguments.
 
     Args:
         in_features: size of each input.
@@ -343,7 +353,7 @@ class QLoRALinear(AdaptedLinearNF4, LoRA):
         lora_dropout: probability of dropping an input of the adapter in training, in [0, 1).
         use_rslora: divide lora_alpha by sqrt(r) (https://arxiv.org/abs/2312.03732).
         use_dora: learn the length of each row of the weight (https://arxiv.org/abs/2402.09353).
-        adapter_name: of the first adapter.
+        adapter_name: of the adapter.
         **options: block_size and double_quant of `LinearNF4`.
 
     Raises:
@@ -370,31 +380,58 @@ class QLoRALinear(AdaptedLinearNF4, LoRA):
         check_lora_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
         check_adapter_name(adapter_name)
         super().__init__(in_features, out_features, bias, device, dtype, **options)
-        self._set_options(r, lora_alpha, lora_dropout, use_rslora, use_dora)
-        self.adapter_name = adapter_name
-        self._start_adapters(adapter_name)
-        self._make_adapter(self.base())
+        own = LoRA(self.base(), r, lora_alpha, lora_dropout, use_rslora, use_dora)
+        self._start_with(adapter_name, own)
+
+    def _start_with(self, name: str, adapter: LoRA) -> Self:
+        """Have an adapter, the one that the layer's own names mean, and compute it."""
+        self.adapter_name = name
+        self._start_adapters(name)
+        self.hold_adapter(name, adapter)
+        return self
 
     @classmethod
     def from_weight(cls, q: NF4Tensor, bias: Tensor | None = None, **options: Any) -> Self:
         """Make a layer with a new adapter around a quantized weight; as `LinearNF4.from_weight`."""
         layer = super().from_weight(q, bias, **options)
-        layer._make_adapter(layer.base())
-        return layer
+        return layer._start_with(layer.adapter_name, LoRA(layer.base(), **layer.lora.options))
 
     @classmethod
     def with_lora(cls, layer: LinearNF4, name: str, adapter: LoRA) -> Self:
-        """Make a layer of a frozen one, whose weight and bias it shares, and its first adapter."""
+        """Make a layer of a frozen one, whose weight and bias it shares, and its adapter."""
         # Its own adapter, on meta, is not drawn: a seed gives 4-bit and dense layers one start
         new = super().from_weight(layer.weight, layer.bias, adapter_name=name, **adapter.options)
-        new.lora_A, new.lora_B = adapter.lora_A, adapter.lora_B
-        new.lora_magnitude = adapter.lora_magnitude
-        return new.take_after(layer)
+        return new.take_after(layer)._start_with(name, adapter)
 
-    def named_adapters(self) -> dict[str, Adapter]:
-        """Return the adapters by name, the first one being the layer itself."""
-        return {self.adapter_name: self, **super().named_adapters()}
+    # What of its adapter is the layer's too
+    lora_A, lora_B = _of_lora("lora_A"), _of_lora("lora_B")
+    lora_magnitude = _of_lora("lora_magnitude")
+    r, lora_alpha, scaling = _of_lora("r"), _of_lora("lora_alpha"), _of_lora("scaling")
+    lora_dropout = _of_lora("lora_dropout")
+    use_rslora, use_dora = _of_lora("use_rslora"), _of_lora("use_dora")
 
-    def extra_repr(self) -> str:
-        """Describe the layer in ``print(model)``."""
-        return f"{LinearNF4.extra_repr(self)}, {self.summary()}"
+    @property
+    def lora(self) -> LoRA:
+        """The adapter that the layer was made with, or one that took its place."""
+        adapter = self.named_adapters().get(self.adapter_name)
+        if not isinstance(adapter, LoRA):
+            raise RuntimeError(
+                f"expected a LoRA adapter {self.adapter_name!r}, got "
+                f"{'none' if adapter is None else adapter.peft_type}"
+            )
+        return adapter
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is the adapter's there."""
+        if isinstance(getattr(QLoRALinear, name, None), _OfLora):
+            setattr(self.lora, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the adapter also from where earlier versions saved it, among the layer's own."""
+        for name in ("lora_A", "lora_B", "lora_magnitude"):
+            if prefix + name in state_dict:
+                new = f"{prefix}adapters.{self.adapter_name}.{name}"
+                state_dict[new] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)

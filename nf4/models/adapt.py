@@ -356,7 +356,7 @@ def _on_layers(model: nn.Module, name: str, value: Any) -> Iterator[None]:
 def freeze_base(model: nn.Module) -> None:
     """Let no parameter of a model need a gradient but those of adapters it has."""
     adapters = [a for m in adapted_layers(model) for a in m.named_adapters().values()]
-    kept = {id(p) for adapter in adapters for p in adapter.parameters_of_adapter()}
+    kept = {id(p) for adapter in adapters for p in adapter.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)

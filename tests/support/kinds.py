@@ -90,7 +90,7 @@ def randomize(model: nn.Module, name: str = "default") -> None:
     torch.manual_seed(4)
     for layer in adapted_layers(model):
         if name in layer.named_adapters():
-            for parameter in layer.named_adapters()[name].parameters_of_adapter():
+            for parameter in layer.named_adapters()[name].parameters():
                 parameter.data += 0.05 * torch.randn_like(parameter)
 
 

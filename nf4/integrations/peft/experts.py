@@ -14,7 +14,7 @@ import peft.tuners.tuners_utils as peft_utils
 import torch
 from torch import nn
 
-from nf4.adapters.lora import LowRank
+from nf4.adapters.lora import LoRATerm
 from nf4.adapters.term import Term
 from nf4.integrations.peft.parameters import named_otherwise
 from nf4.layers.experts import PARTS, ExpertsNF4, ExpertTerm, layer_product
@@ -57,7 +57,7 @@ class ParamWrapper(peft_lora.ParamWrapper):  # type: ignore[misc]
         scaling = self.scaling[name]
 
         def term(expert: int) -> Term:
-            return LowRank(a[expert], b[expert], scaling)
+            return LoRATerm(a[expert], b[expert], scaling)
 
         return term
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from nf4.adapters.lora import LowRank, weight_norm
+from nf4.adapters.lora import LoRATerm, weight_norm
 from nf4.adapters.term import Base, compute, compute_mixed, fold
 from nf4.integrations.peft.merged import MergedBesideBase
 from nf4.models.merge import MergeError, merge_error
@@ -117,7 +117,7 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
             if "lora_magnitude_vector" not in self.adapter_layer_names:
                 self.adapter_layer_names = (*self.adapter_layer_names, "lora_magnitude_vector")
             a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-            low = LowRank(a, b, self.scaling[adapter_name])
+            low = LoRATerm(a, b, self.scaling[adapter_name])
             if a.is_meta:  # low_cpu_mem_usage: the magnitude is read from a file, as A and B are
                 norm = torch.empty(b.shape[0], device=b.device)
             else:
@@ -165,9 +165,9 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
             active = [replace(adapter, dropout_p=0.0) for adapter in active]
         return compute(x, base_product, active, below)
 
-    def _adapter(self, name: str) -> LowRank:
+    def _adapter(self, name: str) -> LoRATerm:
         dropout = self.lora_dropout[name]
-        return LowRank(
+        return LoRATerm(
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],

@@ -99,19 +99,12 @@ def ignoring_adapters(model: Any) -> Iterator[None]:
     if not adapted_layers(model):
         yield
         return
-    own = {
-        id(parameter)
-        for layer in adapted_layers(model)
-        for adapter in layer.named_adapters().values()
-        for parameter in adapter.parameters_of_adapter()
-    }
     inside = tuple(
         f"{name}.adapters." if name else "adapters."
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, AdaptedLayer)
     )
-    state = model.state_dict(keep_vars=True)
-    names = [n for n, t in state.items() if id(t) in own or n.startswith(inside)]
+    names = [name for name in model.state_dict(keep_vars=True) if name.startswith(inside)]
     before = vars(model).get("_keys_to_ignore_on_save", _NOTHING)
     model._keys_to_ignore_on_save = [*(model._keys_to_ignore_on_save or ()), *names]
     try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nf4.adapters.layer import AdaptedLayer
 from nf4.adapters.lora import (
     LoRA,
-    LowRank,
+    LoRATerm,
     by_pattern,
     check_lora_config,
     check_lora_options,
@@ -78,20 +78,20 @@ class AdaMix(Adapter):
 
     @property
     def options_of_lora(self) -> dict[str, Any]:
-        """What `LoRA.of` makes the adapter by that a mixture comes to."""
+        """What `LoRA` makes the adapter by that a mixture comes to."""
         own = {name: getattr(self, name) for name in ("r", "lora_alpha", "lora_dropout")}
         return {**own, "use_rslora": False, "use_dora": False}
 
-    def term(self) -> LowRank:
+    def term(self) -> LoRATerm:
         """Return one A and one B: drawn in training, the mean of all in evaluation."""
         if not self.training:
             return self.merged_term()
         a, b = _draw(self.lora_A), _draw(self.lora_B)
-        return LowRank(a, b, self.scaling, self.lora_dropout)
+        return LoRATerm(a, b, self.scaling, self.lora_dropout)
 
-    def merged_term(self) -> LowRank:
+    def merged_term(self) -> LoRATerm:
         """Return the mean of the As and the mean of the Bs."""
-        return LowRank(self.lora_A.mean(dim=0), self.lora_B.mean(dim=0), self.scaling)
+        return LoRATerm(self.lora_A.mean(dim=0), self.lora_B.mean(dim=0), self.scaling)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what files hold, all modules in one tensor."""
@@ -275,7 +275,7 @@ def _averaged(layer: AdaptedLayer, adapter_name: str | None) -> AdaptedLayer:
     alone = list(layer.named_adapters()) == list(mixtures) and len(mixtures) == 1
     new = layer
     for name, mixture in mixtures.items():
-        lora, mean = LoRA.of(layer.base(), **mixture.options_of_lora), mixture.merged_term()
+        lora, mean = LoRA(layer.base(), **mixture.options_of_lora), mixture.merged_term()
         lora.start_from(layer.base(), mean.lora_A, mean.lora_B)
         if alone:
             new = with_adapter(layer.to_base(), name, lora)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def add_lora(
     targets = find_targets(model, target_modules, adapter_name, LoRA, bias)
     quantized = _check_start(str(kind), targets, r)
     source = dense_source(original, quantized, needed=kind == "loftq") if kind else None
-    options = {
+    options: dict[str, Any] = {
         "r": r,
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
@@ -93,13 +94,13 @@ def add_lora(
     def make(name: str, layer: nn.Module) -> nn.Module:
         base = layer_base(layer)
         if not isinstance(base.weight, NF4Tensor) or not kind:
-            return with_adapter(layer, adapter_name, LoRA.of(base, **options))
+            return with_adapter(layer, adapter_name, LoRA(base, **options))
         dense = None if source is None else source(name)
         scaling = lora_scaling(r, lora_alpha, use_rslora)
         start = initialize(str(kind), base.weight, dense, r, scaling)
         if kind == "pissa":
             layer = LinearNF4.from_weight(start.q, base.bias).take_after(layer)
-        adapter = LoRA.of(Base(start.q), **options)
+        adapter = LoRA(Base(start.q), **options)
         adapter.start_from(Base(start.q), start.lora_A, start.lora_B)
         new = with_adapter(layer, adapter_name, adapter)
         if kind == "pissa":
