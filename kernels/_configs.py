@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from ..tools.caches import forgettable
 from ..tools.cost import Device, device_of, weight_bytes
 from ._measured import measured
 
@@ -104,6 +105,7 @@ def is_amd(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is not None
 
 
+@forgettable
 @lru_cache
 def has_wgmma(device: torch.device) -> bool:
     """Return whether tensor cores read from shared memory, as an H200's; a CPU stands for one."""
@@ -173,12 +175,14 @@ def _best(op: str, m: int, n: int, k: int, device: torch.device) -> MatmulConfig
     return next(fastest, cuts[0])
 
 
+@forgettable
 @lru_cache(maxsize=4096)
 def matmul_config(m: int, n: int, k: int, device: torch.device) -> MatmulConfig:
     """Return how `matmul` cuts a product of these sizes on a device."""
     return _best("matmul", m, n, k, device)
 
 
+@forgettable
 @lru_cache(maxsize=4096)
 def matmul_small_config(m: int, n: int, k: int, device: torch.device) -> MatmulConfig:
     """Return how `matmul_small` cuts a product of these sizes on a device."""
@@ -204,6 +208,7 @@ def _tiles(device: torch.device) -> tuple[MatmulConfig, ...]:
     return MATMUL if has_wgmma(device) else MATMUL_MMA
 
 
+@forgettable
 @lru_cache(maxsize=4096)
 def lora_down_config(m: int, k: int, rank: int, device: torch.device) -> MatmulConfig:
     """Return how `lora_down` cuts x ``[m, k]``: two programs a multiprocessor, if it can."""

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import nf4_thresholds
+from ..tools.caches import forgettable
 from ._lanes import select_by_lane
 
 BUCKETS = 32
@@ -37,12 +38,14 @@ def _buckets() -> tuple[list[float], list[int]]:
 BUCKET_THRESHOLDS, BUCKET_BASES = _buckets()
 
 
+@forgettable
 @lru_cache
 def bucket_thresholds(device: torch.device) -> Tensor:
     """Return the threshold of each bucket as float32 ``[32]`` on a device."""
     return torch.tensor(BUCKET_THRESHOLDS, dtype=torch.float32, device=device)
 
 
+@forgettable
 @lru_cache
 def bucket_bases(device: torch.device) -> Tensor:
     """Return the base code of each bucket as int32 ``[32]`` on a device."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ..tools.caches import forgettable
+
 FOLDER = Path(__file__).parent / "measured"
 
 
@@ -35,6 +37,7 @@ def file_of(name: str) -> Path:
     return FOLDER / f"{name.replace(' ', '-')}.json"
 
 
+@forgettable
 @lru_cache
 def measured(name: str) -> Measured:
     """Return what was measured on a device of nf4/tools/cost.py; nothing if there is no file."""

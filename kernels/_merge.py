@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
 from ..tensor import Weight
+from ..tools.caches import forgettable
 from ..tools.terms import LowRank
 from ._aot import Variant
 from ._configs import MATRIX, padded_rank
@@ -145,6 +146,7 @@ def _folds(scaling: float, dtype: torch.dtype) -> bool:
     return scaling == 1
 
 
+@forgettable
 @lru_cache
 def _form(block_size: int, padded: int, grouped: bool, folds: bool) -> Launch:
     constants = {

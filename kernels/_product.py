@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
 from ..tensor import Weight
+from ..tools.caches import forgettable
 from ..tools.scratch import scratch, zeros
 from ..tools.terms import Epilogue
 from ._configs import MatmulConfig, padded_rank
@@ -156,6 +157,7 @@ def launch_product(
     return y
 
 
+@forgettable
 @lru_cache
 def product_form(kernel: Any, config: MatmulConfig, form: ProductForm) -> Launch:
     """Return how a product is launched."""

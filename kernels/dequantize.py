@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
 from ..tensor import Weight
+from ..tools.caches import forgettable
 from ._aot import Variant
 from ._decode import decode_absmax, decode_bytes
 from ._launch import Launch
@@ -89,6 +90,7 @@ def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) ->
     return out
 
 
+@forgettable
 @lru_cache
 def _form(block_size: int, mask_bytes: int) -> Launch:
     block_bytes = block_size // 2

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tools.caches import forgettable
 from ..tools.dropout import dropout_threshold
 from ..tools.terms import Dropout
 from ._aot import Variant
@@ -86,6 +87,7 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, out: Tensor | None = 
     return t
 
 
+@forgettable
 @lru_cache
 def _form(config: MatmulConfig, block_k: int, dropout: bool) -> Launch:
     constants = {

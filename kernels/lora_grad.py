@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tools.caches import forgettable
 from ..tools.cost import DEVICES, Device, device_of
 from ..tools.dropout import dropout_threshold
 from ..tools.scratch import scratch
@@ -155,6 +156,7 @@ class _Cut:
     rows_a_chunk: int
 
 
+@forgettable
 @lru_cache(maxsize=4096)
 def _cut(m: int, c: int, rank: int, has_w: bool, device: Device, wgmma: bool) -> _Cut:
     """Return the cut of z ``[m, c]``.
@@ -173,6 +175,7 @@ def _cut(m: int, c: int, rank: int, has_w: bool, device: Device, wgmma: bool) ->
     return _Cut(BLOCK_M, block_c, 8, stages, -(-m // (chunks * BLOCK_M)) * BLOCK_M)
 
 
+@forgettable
 @lru_cache
 def _forms(
     cut: _Cut, rank: int, has_w: bool, has_sums: bool, dropout: bool, transposed: bool

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tools.caches import forgettable
 from ..tools.dropout import dropout_threshold
 from ..tools.terms import Dropout
 from ._aot import Variant
@@ -81,6 +82,7 @@ def lora_up(t: Tensor, b: Tensor, scaling: float, bias: Tensor | None, dropout: 
     return out
 
 
+@forgettable
 @lru_cache
 def _form(padded: int, has_bias: bool, dropout: bool) -> Launch:
     constants = {

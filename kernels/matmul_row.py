@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..codebook import absmax_map, nf4_levels
 from ..tensor import Weight
+from ..tools.caches import forgettable
 from ..tools.terms import PLAIN_SUMS, Epilogue
 from ._aot import Variant
 from ._configs import MMA, WGMMA, padded_rank
@@ -215,6 +216,7 @@ def matmul_row(x: Tensor, weight: Weight, epilogue: Epilogue = PLAIN_SUMS) -> Te
     return y
 
 
+@forgettable
 @lru_cache
 def _form(m: int, k: int, padded: int, has_bias: bool, has_factor: bool) -> Launch:
     groups = k // GROUP

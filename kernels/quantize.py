@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import SMALLEST_ABSMAX
+from ..tools.caches import forgettable
 from ._aot import Variant
 from ._encode import bucket_bases, bucket_thresholds, encode, reciprocal
 from ._launch import Launch
@@ -93,6 +94,7 @@ def quantize(
     return packed, absmax
 
 
+@forgettable
 @lru_cache
 def _form(block_size: int, mask: int) -> Launch:
     rows = max((MASKED_TILE if mask else TILE) // block_size, 1)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..codebook import LARGEST_ABSMAX, SMALLEST_ABSMAX, nf4_thresholds
+from ..tools.caches import forgettable
 from ..tools.scale_search import (
     CANDIDATES,
     IMPORTANCE_UNIT,
@@ -153,6 +154,7 @@ def quantize_mse(
     return packed, absmax
 
 
+@forgettable
 @lru_cache
 def _form(block_size: int, signed: bool, weighted: bool) -> Launch:
     constants = {

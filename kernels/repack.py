@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..reference.repack import reorder_scales
 from ..tensor import Weight
+from ..tools.caches import forgettable
 from ._aot import Variant
 from ._launch import Launch
 
@@ -54,6 +55,7 @@ def repack(weight: Weight, layout: str) -> Weight:
     return weight._replace(packed=out, absmax=absmax, layout=layout)
 
 
+@forgettable
 @lru_cache
 def _form(to_fragments: bool) -> Launch:
     constants = {"TO_FRAGMENTS": to_fragments, "TILES": TILE_COLUMNS // 64}

@@ -30,6 +30,7 @@ from nf4.reference import dropout_mask as reference_dropout_mask
 from nf4.reference import quantize as reference_quantize
 from nf4.reference import quantize_absmax as reference_quantize_absmax
 from nf4.tensor import Weight
+from nf4.tools.caches import forget
 from nf4.tools.terms import Dropout, LowRank
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -395,9 +396,9 @@ def test_operators_fall_back_to_the_reference_without_numba(monkeypatch) -> None
     assert registry.implementation("dequantize", "cpu") is cpu_dequantize.dequantize
     assert registry.implementation("dequantize", "mps") is reference_dequantize.dequantize
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
-    registry.implementation.cache_clear()
+    forget()
     try:
         found = registry.implementation("lora_linear_backward", "cpu")
         assert found is reference.lora_linear.lora_linear_backward
     finally:
-        registry.implementation.cache_clear()
+        forget()

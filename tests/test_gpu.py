@@ -13,11 +13,11 @@ pytest.importorskip("triton", reason="nf4.gpu needs Triton")
 import nf4
 from nf4.error import exact
 from nf4.gpu import plan as gpu_plan
-from nf4.gpu import tune
 from nf4.kernels import _measured
 from nf4.ops import registry
 from nf4.reference.dropout_mask import dropout_mask
 from nf4.tools import scratch
+from nf4.tools.caches import forget
 
 pytestmark = pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
 
@@ -283,9 +283,9 @@ def test_gpu_plan_follows_its_table(emulate, monkeypatch, tmp_path) -> None:
     assert kernel(1, layout="rows") == kernel(1, dtype=torch.float32) == "dequantize"
     assert gpu_plan.fused_limit(4000, 14000, 64, cpu) == (256, "measured on W 4096×14336")
     monkeypatch.setattr(_measured, "FOLDER", tmp_path)
-    tune.forget()
+    forget()
     limits = [gpu_plan.fused_limit(n, 4096, 64, cpu) for n in (1024, 4096, 14336)]
-    tune.forget()
+    forget()
     assert all(16 <= limit <= 512 and source == "modelled" for limit, source in limits)
 
 

@@ -127,3 +127,17 @@ def test_functions_that_users_do_not_call_have_few_parameters() -> None:
             if count > MOST_PARAMETERS and not compiled and name not in PUBLIC:
                 found[f"{module}.{name}"] = count
     assert found == {}
+
+
+# The system's, and constants of the format: they do not depend on what was called before
+KEPT = {"nf4.cpu._threads", "nf4.cpu._memory", "nf4.codebook"}
+
+
+def test_one_function_forgets_all_that_is_remembered() -> None:
+    for module, path in MODULES.items():
+        if module.startswith("nf4.bench") or module in KEPT:
+            continue
+        for name, function in functions(ast.parse(path.read_text(encoding="utf-8"))):
+            decorators = [ast.unparse(d) for d in function.decorator_list]
+            cached = [d for d in decorators if "cache" in d and "cached_property" not in d]
+            assert not cached or decorators[0] == "forgettable", f"{module}.{name}"

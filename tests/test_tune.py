@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="nf4's kernels need Triton")
 from nf4.commands.cli import main  # noqa: E402
 from nf4.gpu import plan, tune  # noqa: E402
 from nf4.kernels import _configs, _measured  # noqa: E402
+from nf4.tools.caches import forget  # noqa: E402
 
 CPU = torch.device("cpu")  # stands for an H200
 SHAPE = (1024, 512)
@@ -19,9 +20,9 @@ SHAPE = (1024, 512)
 def folder(tmp_path, monkeypatch):
     """Keep figures in an empty folder."""
     monkeypatch.setattr(_measured, "FOLDER", tmp_path / "measured")
-    tune.forget()
+    forget()
     yield tmp_path / "measured"
-    tune.forget()
+    forget()
 
 
 def slow_beyond(limit: int, favourite: int):

@@ -21,6 +21,7 @@ from nf4.cpu._memory import new_empty
 from nf4.cpu._threads import fork, spread
 from nf4.reference.repack import repack
 from nf4.tensor import Weight
+from nf4.tools.caches import forgettable
 
 GRAIN = 1 << 17  # elements worth a thread of their own: 20 microseconds of work
 STRIP = 256  # blocks of a flat result that a thread takes at a time
@@ -98,12 +99,14 @@ def _array(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().numpy().reshape(-1)
 
 
+@forgettable
 @lru_cache
 def levels() -> Any:
     """Return the sixteen levels in fp32."""
     return nf4_levels(torch.device("cpu")).numpy()
 
 
+@forgettable
 @lru_cache
 def scale_map() -> Any:
     """Return what the 256 codes of scales stand for, in fp32."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nf4.tensor import Weight
+from nf4.tools.caches import forgettable
 from nf4.tools.choice import Choice
 from nf4.tools.terms import LowRank
 
@@ -32,6 +33,7 @@ _WITHOUT_BF16 = {
 }
 
 
+@forgettable
 @lru_cache
 def multiplies_bf16() -> bool:
     """Return whether the CPU has instructions that multiply bf16, and PyTorch's library uses them.

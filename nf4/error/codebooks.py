@@ -27,6 +27,7 @@ import numpy as np
 from nf4.codebook import NF4_LEVELS
 from nf4.error.distributions import Normal, scales
 from nf4.ops.checks import check_block_size
+from nf4.tools.caches import forgettable
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -76,6 +77,7 @@ def levels_of(book: str | Sequence[float], block_size: int) -> tuple[tuple[float
     return levels, False
 
 
+@forgettable
 @lru_cache
 def _lloyd(name: str, block_size: int) -> tuple[float, ...]:
     """Return the levels of least expected error, some of them fixed.

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from scipy import special, stats
 
+from nf4.tools.caches import forgettable
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -158,6 +160,7 @@ def distribution_of(name: str | Distribution) -> Distribution:
     return StudentT(nu)
 
 
+@forgettable
 @lru_cache(maxsize=64)
 def scales(f: Distribution, block_size: int, step: float = 0.05) -> tuple[Array, ...]:
     """Return values m of the scale, their weights in an integral, and their density.

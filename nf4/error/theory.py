@@ -30,6 +30,7 @@ from nf4.codebook import ABSMAX_BLOCK_SIZE, absmax_map
 from nf4.error.codebooks import levels_of
 from nf4.error.distributions import Distribution, distribution_of, scales
 from nf4.ops.checks import check_block_size
+from nf4.tools.caches import forgettable
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -91,6 +92,7 @@ def expected_error(
     return _expected(block_size, double_quant, levels, signed, f, numel or block_size)
 
 
+@forgettable
 @lru_cache(maxsize=256)
 def _expected(
     block_size: int,

@@ -29,6 +29,7 @@ import torch
 from nf4.kernels import _configs, matmul_row
 from nf4.kernels._measured import measured
 from nf4.tensor import Weight, fits_fragments
+from nf4.tools.caches import forgettable
 from nf4.tools.choice import Choice
 from nf4.tools.cost import (
     Device,
@@ -117,6 +118,7 @@ def choose(
     return chosen(Asked(op, rows, (n, k), dtype, *form, rank, drops, can_divide, _always.get()))
 
 
+@forgettable
 @lru_cache(maxsize=4096)
 def chosen(asked: Asked) -> Choice:
     """Return what `choose` does."""
@@ -217,6 +219,7 @@ def _has_row_kernel(asked: Asked) -> bool:
     return takes and not _configs.is_amd(asked.device)
 
 
+@forgettable
 @lru_cache(maxsize=1024)
 def fused_limit(n: int, k: int, block_size: int, device: torch.device) -> tuple[int, str]:
     """Return the rows up to which `matmul` beats the library on W ``[n, k]``, and who says so."""

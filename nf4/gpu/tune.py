@@ -21,6 +21,7 @@ from nf4.gpu import plan
 from nf4.gpu.linear import dense_weight
 from nf4.kernels import _configs, _measured, matmul, matmul_small
 from nf4.tensor import Weight, fits_fragments
+from nf4.tools.caches import forget
 from nf4.tools.cost import device_of
 from nf4.tools.paths import write_file
 from nf4.tools.shapes import MODELS, parse_shape
@@ -110,18 +111,6 @@ def tune(
     write_file(path, json.dumps(found, indent=1) + "\n")
     forget()
     return path
-
-
-def forget() -> None:
-    """Let the next call read what was measured."""
-    for cached in (
-        _measured.measured,
-        _configs.matmul_config,
-        _configs.matmul_small_config,
-        plan.chosen,
-        plan.fused_limit,
-    ):
-        cached.cache_clear()
 
 
 def _tune_shape(

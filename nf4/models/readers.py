@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from nf4.tools.caches import forgettable
+
 # torch.nn.MultiheadAttention reads the weight of its out_proj
 READ_BY_ATTENTION = nn.modules.linear.NonDynamicallyQuantizableLinear
 # What a 4-bit weight answers as a dense one does
@@ -53,6 +55,7 @@ def read_layers(model: nn.Module) -> dict[int, str]:
     return found
 
 
+@forgettable
 @functools.cache
 def _weights_read_by(kind: type) -> tuple[str, ...]:
     """Return the paths of layers, from a module of a class, whose weight its methods read.

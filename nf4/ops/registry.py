@@ -20,6 +20,7 @@ from torch import Tensor
 from nf4 import reference
 from nf4.tensor import PLAIN
 from nf4.tools import streams
+from nf4.tools.caches import forgettable
 
 Grads = dict[str, Tensor | None]  # of arguments, by their names
 
@@ -302,6 +303,7 @@ def computing(device_type: str, like: str) -> Iterator[None]:
         implementation.cache_clear()
 
 
+@forgettable
 @lru_cache
 def implementation(op: str, device_type: str) -> Callable[..., Any]:
     """Return what computes an operator on a kind of device, the reference if nothing faster."""

@@ -195,4 +195,4 @@ def _forget_all() -> None:
         replay.forget()
 
 
-scratch.WITH_RELEASE.append(_forget_all)
+scratch.with_release.append(_forget_all)

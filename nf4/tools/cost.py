@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import torch
 
+from nf4.tools.caches import forgettable
+
 # Shares of the data sheet's bandwidth and dense 16-bit throughput that an H200 was seen to reach
 _BANDWIDTH_SHARE, _FLOPS_SHARE = 0.9, 0.8
 
@@ -46,6 +48,7 @@ DEVICES = (
 )
 
 
+@forgettable
 @lru_cache
 def device_of(device: torch.device) -> Device:
     """Return the model of a device; the H200's where the device is no GPU, for a plan ahead."""

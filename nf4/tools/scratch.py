@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nf4.tools import streams
+from nf4.tools import caches, streams
 
-WITH_RELEASE: list[Callable[[], None]] = []  # lets go of what holds buffers elsewhere
+with_release: list[Callable[[], None]] = []  # lets go of what holds buffers elsewhere
 _MOST_VIEWS = 64  # kept of one buffer
 _Key = tuple[str, torch.device, int]
 _buffers: dict[_Key, Tensor] = {}
@@ -56,8 +56,8 @@ def matrix(
 
 def release_scratch() -> None:
     """Free all scratch memory that nf4's kernels hold; the next call takes what it needs again."""
-    for forget in WITH_RELEASE:
-        forget()
+    for let_go in with_release:
+        let_go()
     _buffers.clear()
     _views.clear()
 
@@ -79,3 +79,6 @@ def _get(purpose: str, size: int, dtype: torch.dtype, device: torch.device, zero
 
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+caches.at_forget(release_scratch)
