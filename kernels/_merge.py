@@ -8,7 +8,9 @@ element (bf16, block 64, double quantization), and B and A once a tile.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -121,8 +123,13 @@ def merge_kernel(
         tl.store(out_ptrs, out.to(DTYPE), mask=mask_n[:, None])
 
 
-def write_dense(weight: Weight, low_rank: LowRank | None, out: Tensor) -> None:
-    """Fill out, contiguous ``[N, K]``, 16 bits wide if there is a low-rank update."""
+def dense_launch(
+    weight: Weight, low_rank: LowRank | None, out: Tensor
+) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return what fills out, contiguous ``[N, K]``, and its arguments.
+
+    With a low-rank update out is 16 bits wide.
+    """
     n, k = out.shape
     packed, absmax, absmax2, offset, _, block_size, _ = weight
     lora_A, lora_B, scaling, _ = (None, None, 1.0, None) if low_rank is None else low_rank
@@ -132,7 +139,7 @@ def write_dense(weight: Weight, low_rank: LowRank | None, out: Tensor) -> None:
     parts = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
     grouped = absmax.dtype == torch.uint8 and block_size == 64 and k % (64 * TILES) == 0
     form = _form(block_size, padded_rank(rank), grouped, _folds(scaling, out.dtype))
-    form(grid, *parts, lora_A, lora_B, out, n, k, rank, scaling)
+    return form, (grid, *parts, lora_A, lora_B, out, n, k, rank, scaling)
 
 
 def _folds(scaling: float, dtype: torch.dtype) -> bool:

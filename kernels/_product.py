@@ -1,5 +1,6 @@
 """What both products share: programs that split K, the low-rank term, bias, factor, the launch."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -132,16 +133,27 @@ class ProductForm(NamedTuple):
     has_factor: bool = False
 
 
-def launch_product(
+# A result, and what fills it, with what arguments
+Prepared = tuple[Tensor, Callable[..., None], tuple[Any, ...]]
+
+
+def _nothing() -> None:
+    """Fill no rows."""
+
+
+def prepare_product(
     kernel: Any, config: MatmulConfig, tiles: int, x: Tensor, weight: Weight, epilogue: Epilogue
-) -> Tensor:
-    """Launch a kernel of kernels/matmul.py or matmul_small.py, and return y ``[M, N]``."""
+) -> Prepared:
+    """Return y ``[M, N]``, and what fills it with what arguments.
+
+    The kernel is that of kernels/matmul.py or matmul_small.py.
+    """
     (m, k), n, device = x.shape, weight.shape[0], x.device
     packed, absmax, absmax2, offset, _, block_size, _ = weight
     bias, t, lora_B, scaling, factor = epilogue
     y = x.new_empty(m, n)
     if m == 0:
-        return y
+        return y, _nothing, ()
     rank = 0 if t is None else t.shape[1]
     parts, arrived = split_k_scratch(config, tiles, y)
     unroll = 4 if k % 256 == 0 else 2 if k % 128 == 0 else 1
@@ -152,9 +164,8 @@ def launch_product(
     tables = (absmax_map(device), nf4_levels(device))
     held = (aligned(packed), aligned(absmax), absmax2, offset, *tables)
     terms = (t, lora_B, bias, factor)
-    grid = (tiles, config.split_k)
-    form(grid, x, *held, *terms, y, parts, arrived, m, n, k, rank, scaling)
-    return y
+    grid, sizes = (tiles, config.split_k), (m, n, k, rank, scaling)
+    return y, form, (grid, x, *held, *terms, y, parts, arrived, *sizes)
 
 
 @forgettable

@@ -22,7 +22,7 @@ from ..tools.caches import forgettable
 from ._aot import Variant
 from ._decode import decode_absmax, decode_bytes
 from ._launch import Launch
-from ._merge import merge_variants, write_dense
+from ._merge import dense_launch, merge_variants
 
 TILE_BYTES = 4096
 
@@ -79,7 +79,8 @@ def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) ->
     if n == 0:
         return out
     if layout == "fragments":
-        write_dense(weight, None, out)
+        form, arguments = dense_launch(weight, None, out)
+        form(*arguments)
         return out
     taken = max(TILE_BYTES, block_size // 2) * 2  # by a program
     mask_bytes = 0 if n % taken == 0 else 4 if n % 8 == 0 else 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..tensor import Weight
 from ..tools.terms import LowRank
 from ._aot import Variant
-from ._merge import merge_variants, write_dense
+from ._merge import dense_launch, merge_variants
 
 
 def dequantize_merge(
@@ -21,7 +21,8 @@ def dequantize_merge(
     """Dequantize and add; arguments as in nf4/reference/dequantize_merge.py."""
     if out is None:
         out = torch.empty(tuple(weight.shape), dtype=dtype, device=weight.device)
-    write_dense(weight, low_rank, out)
+    form, arguments = dense_launch(weight, low_rank, out)
+    form(*arguments)
     return out
 
 

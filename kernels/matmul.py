@@ -29,7 +29,7 @@ from ._configs import (
     matmul_config,
 )
 from ._fragments import as_words, decode_tile, load_scales
-from ._product import ProductForm, add_parts, finish, launch_product, product_form
+from ._product import Prepared, ProductForm, add_parts, finish, prepare_product, product_form
 
 
 @triton.jit
@@ -121,13 +121,15 @@ def _matmul_kernel(
 def matmul(x: Tensor, weight: Weight, epilogue: Epilogue = PLAIN_SUMS) -> Tensor:
     """Multiply by a weight in fragments; arguments as in nf4/reference/matmul.py."""
     config = matmul_config(x.shape[0], *weight.shape, x.device)
-    return launch(config, x, weight, epilogue)
+    y, form, arguments = prepare(config, x, weight, epilogue)
+    form(*arguments)
+    return y
 
 
-def launch(config: MatmulConfig, x: Tensor, weight: Weight, epilogue: Epilogue) -> Tensor:
-    """Multiply cut as config says."""
+def prepare(config: MatmulConfig, x: Tensor, weight: Weight, epilogue: Epilogue) -> Prepared:
+    """Return y, and what fills it, cut as config says."""
     tiles = -(-x.shape[0] // config.block_m) * -(-weight.shape[0] // config.block_n)
-    return launch_product(_matmul_kernel, config, tiles, x, weight, epilogue)
+    return prepare_product(_matmul_kernel, config, tiles, x, weight, epilogue)
 
 
 def variants() -> list[Variant]:

@@ -20,7 +20,7 @@ from ._aot import Variant
 from ._configs import MATMUL_SMALL, MATRIX, SMALL_M, WGMMA, MatmulConfig, matmul_small_config
 from ._fragments import as_words, load_group, load_group_scales, load_scales
 from ._levels16 import decode_levels
-from ._product import ProductForm, add_parts, finish, launch_product, product_form
+from ._product import Prepared, ProductForm, add_parts, finish, prepare_product, product_form
 
 
 @triton.jit
@@ -146,13 +146,15 @@ def _matmul_small_kernel(
 def matmul_small(x: Tensor, weight: Weight, epilogue: Epilogue = PLAIN_SUMS) -> Tensor:
     """Multiply few rows; arguments as in nf4/reference/matmul.py, block_size at least 64."""
     config = matmul_small_config(x.shape[0], *weight.shape, x.device)
-    return launch(config, x, weight, epilogue)
+    y, form, arguments = prepare(config, x, weight, epilogue)
+    form(*arguments)
+    return y
 
 
-def launch(config: MatmulConfig, x: Tensor, weight: Weight, epilogue: Epilogue) -> Tensor:
-    """Multiply cut as config says."""
+def prepare(config: MatmulConfig, x: Tensor, weight: Weight, epilogue: Epilogue) -> Prepared:
+    """Return y, and what fills it, cut as config says."""
     tiles = -(-weight.shape[0] // config.block_n)
-    return launch_product(_matmul_small_kernel, config, tiles, x, weight, epilogue)
+    return prepare_product(_matmul_small_kernel, config, tiles, x, weight, epilogue)
 
 
 def variants() -> list[Variant]:

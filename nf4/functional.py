@@ -4,8 +4,10 @@ What they compute, and how gradients flow, is in the operators of `nf4.ops`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from nf4.ops.checks import (
     check_weight,
     check_weights,
 )
-from nf4.ops.registry import call, is_transformed
+from nf4.ops.registry import call, is_transformed, resolved
 from nf4.ops.scaled_linear import times
 from nf4.reference import dequantize_absmax as reference
 from nf4.tensor import NF4Tensor, check_fragments, check_nf4, packed_shape
@@ -141,14 +143,15 @@ def dequantize(
         if not torch.compiler.is_compiling() and out.is_neg():  # a view that is to be negated
             out.copy_(dequantize(q, out.dtype))
             return out
-        weight = q.parts()
-        call("dequantize_out", *weight, q.block_size, out.detach(), q.layout)
+        into = (*q.parts(), q.block_size, out.detach(), q.layout)
+        resolved("dequantize_out", into)(*into)
         return out
     dtype = q.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating torch.dtype, got {dtype}")
-    weight = q.parts()
-    result: Tensor = call("dequantize", *weight, list(q.shape), q.block_size, dtype, q.layout)
+    form = (list(q.shape), q.block_size, dtype, q.layout)
+    given = (*q.parts(), *form)
+    result: Tensor = resolved("dequantize", given)(*given)
     return result
 
 
@@ -279,27 +282,49 @@ def linear(
     Source of the factors: (IA)³ (https://arxiv.org/abs/2205.05638, section 3.3).
     """
     if input_factor is not None or output_factor is not None:
-        check_linear(x, q, bias)
-        return _scaled_linear(x, q, bias, input_factor, output_factor)
-    y = replay.product(q, x, (bias,), None, lambda: _linear(x, q, bias))
-    return _linear(x, q, bias) if y is None else y
+        check_nf4(q)
+        return multiply_scaled(x, q, bias, input_factor, output_factor)
+    y = replay.product(q, None, x, (bias,), None, lambda: _checked(q, multiply, x, q, bias))
+    return _checked(q, multiply, x, q, bias) if y is None else y
 
 
-def _linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> Tensor:
+def _checked(q: NF4Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Return what a function does, once its weight is checked."""
+    check_nf4(q)
+    return function(*args)
+
+
+def multiply(
+    x: Tensor, q: NF4Tensor, bias: Tensor | None, replays: replay.Replays | None = None
+) -> Tensor:
+    """Do as `linear` for a weight that is checked, as a layer's when it was made.
+
+    Args:
+        x: as in `linear`.
+        q: the weight.
+        bias: as in `linear`.
+        replays: what a layer remembers of its weight; None to launch nothing again.
+    """
+    if replays is not None:
+        y = replay.product(q, replays, x, (bias,), None, lambda: multiply(x, q, bias))
+        if y is not None:
+            return y
     check_linear(x, q, bias)
     check_no_tangent(x, bias)
-    form = (*q.parts(), bias, q.shape[0], q.block_size, q.layout)
-    y: Tensor = call("linear", _autocast(x), *form)
-    return y
+    given = (_autocast(x), *q.parts(), bias, q.shape[0], q.block_size, q.layout)
+    out: Tensor = resolved("linear", given)(*given)
+    return out
 
 
-def _scaled_linear(
+def multiply_scaled(
     x: Tensor,
     q: NF4Tensor,
     bias: Tensor | None,
-    input_factor: Tensor | None,
-    output_factor: Tensor | None,
+    input_factor: Tensor | None = None,
+    output_factor: Tensor | None = None,
 ) -> Tensor:
+    """Do as `linear` with factors, for a weight that was checked when its layer was made."""
+    check_linear(x, q, bias)
     n, k = q.shape
     for name, factor, size in (
         ("input_factor", input_factor, k),
@@ -363,24 +388,42 @@ def lora_linear(
     plain = type(scaling) in _NUMBERS and type(dropout_p) in _NUMBERS
     if plain and dropout_p == 0 and seed is None:
         others = (bias, lora_A, lora_B)
-        y = replay.product(q, x, others, scaling, lambda: _lora_linear(*terms, NO_DROPOUT))
+        long = partial(_checked, q, multiply_lora, *terms)
+        y = replay.product(q, None, x, others, scaling, long)
         if y is not None:
             return y
-    return _lora_linear(*terms, Dropout(dropout_p, seed))
+    return _checked(q, multiply_lora, *terms, Dropout(dropout_p, seed))
 
 
 _NUMBERS = (int, float)
 
 
-def _lora_linear(
+def multiply_lora(
     x: Tensor,
     q: NF4Tensor,
     factors: tuple[Tensor, Tensor],
     scaling: float | Tensor,
     bias: Tensor | None,
-    dropout: Dropout,
+    dropout: Dropout = NO_DROPOUT,
+    replays: replay.Replays | None = None,
 ) -> Tensor:
+    """Do as `lora_linear` for a weight that is checked, as a layer's when it was made.
+
+    Args:
+        x: as in `lora_linear`.
+        q: the weight.
+        factors: lora_A and lora_B.
+        scaling: as in `lora_linear`.
+        bias: as in `lora_linear`.
+        dropout: dropout_p and seed as in `lora_linear`.
+        replays: what a layer remembers of its weight; None to launch nothing again.
+    """
     (lora_A, lora_B), (dropout_p, seed) = factors, dropout
+    if replays is not None and not dropout_p and type(scaling) in _NUMBERS:
+        long = partial(multiply_lora, x, q, factors, scaling, bias)
+        y = replay.product(q, replays, x, (bias, *factors), scaling, long)
+        if y is not None:
+            return y
     check_linear(x, q, bias)
     check_lora(x, q, lora_A, lora_B, scaling)
     check_no_tangent(x, bias, lora_A, lora_B)
@@ -393,25 +436,12 @@ def _lora_linear(
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
     if isinstance(scaling, Tensor):
         lora_B, scaling = times_scaling(lora_B, scaling), 1.0
-    y: Tensor
-    y, _ = call(
-        "lora_linear",
-        _autocast(x),
-        q.packed,
-        q.absmax,
-        q.absmax2,
-        q.offset,
-        bias,
-        lora_A,
-        lora_B,
-        float(scaling),
-        float(dropout_p),
-        seed,
-        torch.is_grad_enabled() and lora_B.requires_grad,
-        q.block_size,
-        q.layout,
-    )
-    return y
+    need_t = torch.is_grad_enabled() and lora_B.requires_grad
+    low_rank = (lora_A, lora_B, float(scaling), float(dropout_p), seed)
+    given = (_autocast(x), *q.parts(), bias, *low_rank, need_t, q.block_size, q.layout)
+    out: Tensor
+    out, _ = resolved("lora_linear", given)(*given)
+    return out
 
 
 def times_scaling(lora_B: Tensor, scaling: Tensor) -> Tensor:

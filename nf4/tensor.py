@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn, overload
 
 import torch
 from torch import Tensor
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, BLOCK_SIZES
+from nf4.tools.caches import forgettable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("packed", "absmax", "absmax2", "offset")
@@ -227,10 +229,6 @@ class NF4Tensor:
             f"resize embeddings before they are quantized, or {remedy}"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out of copies and pickles what is remembered of these very tensors."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
     def __repr__(self) -> str:
         """Describe the tensor without printing its bytes."""
         return (
@@ -267,53 +265,48 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
     """
     if not isinstance(q, NF4Tensor):
         raise TypeError(f"{name}: expected an NF4Tensor, got {type(q).__name__}")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _is_good(q):
         _check_parts(q, name)
-        return
-    places, memo = _places(q), memo_of(q)
-    if places is None or memo.get("checked") != places:
-        _check_parts(q, name)
-        memo["checked"] = places
 
 
-def memo_of(q: NF4Tensor) -> dict[Any, Any]:
-    """Return what is remembered of a tensor: what was checked, and nf4/ops/replay.py's launches.
-
-    A layer makes a tensor a call, and lets all of them share what is remembered.
-    """
-    memo: dict[Any, Any] | None = q.__dict__.get("_memo")
-    if memo is None:
-        memo = q.__dict__["_memo"] = {}
-    return memo
+def check_frozen(q: NF4Tensor) -> None:
+    """Raise ValueError if a part of q wants a gradient, which none flows to."""
+    for part in (q.absmax, q.absmax2, q.offset):
+        if part is not None and part.requires_grad:
+            check_nf4(q)
 
 
-def _places(q: NF4Tensor) -> tuple[Any, ...] | None:
-    """Return where the parts of q lie, their sizes and dtypes; None if unknown.
+@forgettable
+@lru_cache(maxsize=4096)
+def _shapes(shape: torch.Size, block_size: int, layout: str) -> tuple[Any, ...]:
+    """Return the shapes of packed, absmax and absmax2; nothing for what there cannot be."""
+    if block_size not in BLOCK_SIZES or layout not in ("rows", "fragments"):
+        return (None, None, None)
+    if layout == "fragments" and not fits_fragments(shape, block_size):
+        return (None, None, None)
+    blocks = -(-shape.numel() // block_size)
+    return packed_shape(shape), (blocks,), (-(-blocks // ABSMAX_BLOCK_SIZE),)
 
-    While these stay the same, what was checked holds.
-    """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
+
+def _is_good(q: NF4Tensor) -> bool:
+    """Return whether all is well, without saying what is not: every call asks."""
     packed, absmax, absmax2, offset = q.packed, q.absmax, q.absmax2, q.offset
-    if type(packed) not in PLAIN or type(absmax) not in PLAIN:
-        return None
-    if absmax.requires_grad:
-        return None
-    own = (
-        *(packed.data_ptr(), packed.numel(), packed.dtype),
-        *(absmax.data_ptr(), absmax.numel(), absmax.dtype),
-    )
+    if type(q.shape) is not torch.Size:
+        return False
+    shapes = _shapes(q.shape, q.block_size, q.layout)
+    device, grad = packed.device, torch.is_grad_enabled()
+    if packed.shape != shapes[0] or absmax.shape != shapes[1] or packed.dtype != torch.uint8:
+        return False
     if absmax2 is None or offset is None:
-        return own
-    if type(absmax2) not in PLAIN or type(offset) not in PLAIN:
-        return None
-    if absmax2.requires_grad or offset.requires_grad:
-        return None
-    return (
-        *own,
-        *(absmax2.data_ptr(), absmax2.numel(), absmax2.dtype),
-        *(offset.data_ptr(), offset.numel(), offset.dtype),
-    )
+        good = absmax.dtype == torch.float32 and absmax2 is offset and absmax.device == device
+        return good and not (grad and absmax.requires_grad)
+    if absmax.dtype != torch.uint8 or absmax2.shape != shapes[2] or offset.ndim:
+        return False
+    if absmax2.dtype != torch.float32 or offset.dtype != torch.float32:
+        return False
+    if grad and (absmax2.requires_grad or offset.requires_grad):
+        return False
+    return absmax.device == device and absmax2.device == device and offset.device == device
 
 
 def _check_parts(q: NF4Tensor, name: str) -> None:

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import sys
 import threading
 import weakref
 
@@ -130,12 +131,10 @@ def linear(x=X, q=F, bias=None):
 
 def long_ways(monkeypatch) -> list[str]:
     """Count the products that are checked, planned and dispatched."""
-    taken = []
-    for name in ("_linear", "_lora_linear"):
-        real = getattr(nf4.functional, name)
-        monkeypatch.setattr(
-            nf4.functional, name, lambda *a, name=name, real=real: taken.append(name) or real(*a)
-        )
+    taken, real = [], nf4.functional.check_linear
+    monkeypatch.setattr(
+        nf4.functional, "check_linear", lambda *args: taken.append("long") or real(*args)
+    )
     return taken
 
 
@@ -144,17 +143,17 @@ def test_a_product_is_replayed_with_its_own_input_bias_and_result(m, driver, mon
     q, taken = fragments_of(F), long_ways(monkeypatch)
     bias = torch.randn(32)
     linear(MANY[:m], q, bias)
-    assert taken == ["_linear"]
+    assert taken == ["long"]
     x, other = MANY[:m].clone(), bias.clone()
     y = linear(x, q, other)
-    assert taken == ["_linear"] and y.shape == (m, 32) and y.dtype == x.dtype
+    assert taken == ["long"] and y.shape == (m, 32) and y.dtype == x.dtype
     pointers = driver.arguments[9:]
     assert {x.data_ptr(), other.data_ptr(), y.data_ptr()} <= set(pointers)
     assert not {MANY.data_ptr(), bias.data_ptr()} & set(pointers)
     assert driver.arguments[9 + 1] == q.packed.data_ptr()
     three = x.view(1, m, 256)
     linear(three, q, other)
-    assert linear(three, q, other).shape == (1, m, 32) and taken == ["_linear"] * 2
+    assert linear(three, q, other).shape == (1, m, 32) and taken == ["long"] * 2
 
 
 def test_an_adapter_s_product_is_replayed(driver, monkeypatch) -> None:
@@ -165,11 +164,11 @@ def test_an_adapter_s_product_is_replayed(driver, monkeypatch) -> None:
             nf4.lora_linear(X, q, a, b, 2.0)
         before = driver.launches
         nf4.lora_linear(X, q, a, b, 2.0)
-        assert taken == ["_lora_linear"] and driver.launches == before + 2
+        assert taken == ["long"] and driver.launches == before + 2
         assert b.data_ptr() in driver.arguments
         nf4.lora_linear(X, q, a, b, 3.0)  # the scaling is an argument of the launch
         nf4.lora_linear(X, q, a, b, torch.tensor(2.0))
-    assert taken == ["_lora_linear"] * 3
+    assert taken == ["long"] * 3
 
 
 def fragments_of(q: nf4.NF4Tensor) -> nf4.NF4Tensor:
@@ -225,7 +224,7 @@ def test_what_is_unusual_goes_the_long_way(name, driver, monkeypatch) -> None:
     q, taken = fragments_of(F), long_ways(monkeypatch)
     for _ in range(2):
         linear(q=q)
-    assert taken == ["_linear"]
+    assert taken == ["long"]
     if name == "stream":
         monkeypatch.setattr(replay.streams, "current_stream", lambda device: 7)
     unlike(name, q)
@@ -237,7 +236,7 @@ def test_products_by_a_library_are_not_replayed(driver, monkeypatch) -> None:
     with always("dequantize"):
         for _ in range(3):
             linear(MANY, q)
-    assert taken == ["_linear"] * 3
+    assert taken == ["long"] * 3
 
 
 def test_few_products_are_kept_of_a_weight(driver, monkeypatch) -> None:
@@ -245,15 +244,15 @@ def test_few_products_are_kept_of_a_weight(driver, monkeypatch) -> None:
     q = fragments_of(F)
     for m in range(1, 12):
         linear(MANY[:m], q)
-    assert 0 < len(q.__dict__["_memo"]["replays"]) <= 4
+    assert 0 < len(replay.replays_of(q)) <= 4
 
 
 def test_copies_and_pickles_forget(driver) -> None:
     q = fragments_of(F)
     linear(q=q)
-    assert "replays" in q.__dict__["_memo"]
+    assert replay.replays_of(q)
     for other in (copy.deepcopy(q), pickle.loads(pickle.dumps(q)), copy.copy(q)):
-        assert "_memo" not in other.__dict__ and torch.equal(other.packed, q.packed)
+        assert not replay.replays_of(other) and torch.equal(other.packed, q.packed)
         linear(q=other)
 
 
@@ -263,7 +262,7 @@ def test_a_layer_remembers_for_its_weight_and_holds_no_memory(driver, monkeypatc
         linear(q=layer.weight)
     assert len(taken) == 1
     twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
-    assert "_memo" not in twin.__dict__
+    assert "_replays" not in twin.__dict__
     linear(q=twin.weight)
     assert len(taken) == 2
     gone = [weakref.ref(part) for part in (layer.packed, layer.absmax)]
@@ -275,7 +274,7 @@ def test_a_layer_remembers_for_its_weight_and_holds_no_memory(driver, monkeypatc
     for change in (layer.half, layer.to_rows, layer.to_fragments):
         linear(q=layer.weight)
         change()
-        assert "_memo" not in layer.__dict__ or "replays" not in layer.__dict__["_memo"]
+        assert "_replays" not in layer.__dict__
 
 
 @pytest.mark.parametrize("r", [8, 32])
@@ -286,7 +285,7 @@ def test_a_replay_reads_an_adapter_as_it_is_by_then(r, driver) -> None:
     with torch.no_grad():
         for _ in range(2):
             nf4.lora_linear(X, q, a, b, 2.0)
-    (found,) = q.__dict__["_memo"]["replays"].values()
+    (found,) = replay.replays_of(q).values()
     read = {value for launch in found.launches for value in launch.values}
     assert {a.data_ptr(), b.data_ptr()} <= read
     kept = [t for launch in found.launches for t in launch.kept if isinstance(t, torch.Tensor)]
@@ -447,3 +446,37 @@ def test_replays_compute_what_the_long_way_does(m, monkeypatch) -> None:
         monkeypatch.setattr(replay, "product", lambda *args: None)
         for x, (adapted, base) in zip(xs, replayed, strict=True):
             assert torch.equal(layer(x), adapted) and torch.equal(layer.base()(x), base)
+
+
+def frames_beneath(layer, monkeypatch) -> list[int]:
+    """Return of each launch how many functions were entered, a layer's forward the first."""
+    found, launch, forward = [], _launch.Launch.__call__, type(layer).forward.__code__
+
+    def counting(self, *args):
+        frame, depth = sys._getframe(1), 1
+        while frame is not None and frame.f_code is not forward:
+            frame, depth = frame.f_back, depth + 1
+        if frame is not None:
+            found.append(depth)
+        return launch(self, *args)
+
+    monkeypatch.setattr(_launch.Launch, "__call__", counting)
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 48, 300])
+@pytest.mark.parametrize("training", [False, True])
+def test_few_functions_lie_between_a_layer_and_its_launches(
+    training, rows, driver, monkeypatch
+) -> None:
+    x = torch.randn(rows, 256, requires_grad=training).bfloat16()
+    for layer in (
+        nf4.LinearNF4.from_weight(fragments_of(F)).to_fragments(),
+        nf4.QLoRALinear.from_weight(fragments_of(F), r=8).to_fragments(),
+    ):
+        with monkeypatch.context() as patch, torch.set_grad_enabled(training):
+            layer(x)
+            depths = frames_beneath(layer, patch)
+            layer(x)
+        replayed = not training and rows <= replay.MOST_ROWS
+        assert (depths == []) == replayed and max(depths, default=0) <= 6

@@ -31,7 +31,7 @@ def slow_beyond(limit: int, favourite: int):
     def clock(function) -> float:
         if not hasattr(function, "args"):
             return 1.0  # the library
-        config, x = function.args[:2]
+        config, x = function.args[1:3]
         seconds = 0.5 if x.shape[0] <= limit else 2.0
         return seconds if config.split_k == favourite else 1.1 * seconds
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nf4.adapters.term import Base, Below, Folded
-from nf4.functional import linear
+from nf4.functional import multiply_scaled
 from nf4.tensor import NF4Tensor
 
 
@@ -26,7 +26,7 @@ class OutputFactor:
     def apply(self, x: Tensor, below: Below, base: Base) -> Tensor:
         """Return factor times what is below, in its dtype; the product is rounded once."""
         if below is base and isinstance(base.weight, NF4Tensor):
-            return linear(x, base.weight, base.bias, output_factor=self.factor)
+            return multiply_scaled(x, base.weight, base.bias, output_factor=self.factor)
         y = below(x)
         return (y * self.factor).to(y.dtype)
 
@@ -49,7 +49,7 @@ class InputFactor:
     def apply(self, x: Tensor, below: Below, base: Base) -> Tensor:
         """Return what is below of x times the factor, which is rounded to the dtype of x."""
         if below is base and isinstance(base.weight, NF4Tensor):
-            return linear(x, base.weight, base.bias, input_factor=self.factor)
+            return multiply_scaled(x, base.weight, base.bias, input_factor=self.factor)
         return below((x * self.factor).to(x.dtype))
 
     def fold(self, w: Tensor, bias: Tensor | None, base: Base) -> Folded:

@@ -26,11 +26,12 @@ from nf4.adapters.term import (
     check_plain,
     single,
 )
-from nf4.functional import dequantize_rows, lora_linear, times_scaling
+from nf4.functional import dequantize_rows, multiply_lora, times_scaling
 from nf4.ops.checks import check_dropout, check_int, check_number
 from nf4.ops.registry import call, define
 from nf4.ops.weight import WEIGHT, parts_of
 from nf4.tensor import NF4Tensor
+from nf4.tools.terms import NO_DROPOUT, Dropout
 
 _ROWS = 256  # of W that are dense at a time
 # Options of PEFT that change what the tensors mean, with the values that do not
@@ -90,8 +91,9 @@ class LoRATerm:
         """Return what is below plus this adapter, in the dtype of what is below."""
         plain = self.magnitude is None and self.bias is None
         if plain and below is base and isinstance(base.weight, NF4Tensor):
-            low = (self.lora_A, self.lora_B, self.scaling)
-            return lora_linear(x, base.weight, *low, base.bias, self.dropout_p)
+            low, p = (self.lora_A, self.lora_B), self.dropout_p
+            drops = Dropout(p) if p else NO_DROPOUT
+            return multiply_lora(x, base.weight, low, self.scaling, base.bias, drops, base.replays)
         y = below(x)
         return y + self._update(x, y, base)
 
@@ -210,8 +212,8 @@ define(
     "weight_norm",
     f"({WEIGHT}, Tensor? lora_A, Tensor? lora_B, float scaling, SymInt n, SymInt k, int block_size,"
     " str layout) -> Tensor",
-    _weight_norm,
     _weight_norm_fake,
+    compute=_weight_norm,
 )
 
 

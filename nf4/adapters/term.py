@@ -8,14 +8,15 @@ a weight, terms are applied in the same order. A new kind is one file with a ter
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
-from nf4.functional import dequantize, linear
+from nf4.functional import dequantize, multiply
+from nf4.ops.replay import Replays
 from nf4.tensor import NF4Tensor
 
 Below = Callable[[Tensor], Tensor]
@@ -30,15 +31,17 @@ class Base:
     Attributes:
         weight: W ``[N, K]``, in four bits or dense.
         bias: floating ``[N]`` or None.
+        replays: what a layer remembers of products with its weight.
     """
 
     weight: NF4Tensor | Tensor
     bias: Tensor | None = None
+    replays: Replays = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias, ``[..., N]`` in the dtype of x."""
         if isinstance(self.weight, NF4Tensor):
-            return linear(x, self.weight, self.bias)
+            return multiply(x, self.weight, self.bias, self.replays)
         return dense_linear(x, self.weight, self.bias)
 
     def dense(self) -> Tensor:

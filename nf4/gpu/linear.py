@@ -18,16 +18,11 @@ from nf4.tools.terms import Epilogue
 KERNELS = {"matmul": matmul, "matmul_row": matmul_row, "matmul_small": matmul_small}
 
 
-def dense_scratch(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return scratch memory for a dense weight, good until the next call that wants some."""
+def dense_scratch(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return scratch memory for a matrix made dense, good until the next call that wants some."""
     spoil()  # a library multiplies by it
-    return scratch.matrix(f"dense weight, {dtype}", shape, dtype, device)
-
-
-def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """Dequantize a matrix into scratch memory, good until the next call that wants some."""
     n, k = weight.shape
-    return dequantize(weight, dtype, dense_scratch((n, k), dtype, weight.device))
+    return scratch.matrix(f"dense weight, {dtype}", (n, k), dtype, weight.device)
 
 
 def linear(
@@ -41,7 +36,7 @@ def linear(
     if kernel in KERNELS:
         y: Tensor = KERNELS[kernel](rows, weight, Epilogue(bias, factor=factor))
     else:
-        w = dense_weight(weight, x.dtype)
+        w = dequantize(weight, x.dtype, dense_scratch(weight, x.dtype))
         y = library_linear(rows, w, None if bias is None else bias.to(x.dtype))
         y = y if factor is None else y.mul_(factor)
     return unflattened(y, x)
@@ -49,4 +44,4 @@ def linear(
 
 def linear_backward(dy: Tensor, weight: Weight) -> Tensor:
     """Return dy @ W; arguments as in nf4/reference/linear.py."""
-    return dy @ dense_weight(weight, dy.dtype)
+    return dy @ dequantize(weight, dy.dtype, dense_scratch(weight, dy.dtype))

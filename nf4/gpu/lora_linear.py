@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
-from nf4.gpu.linear import KERNELS, dense_scratch, dense_weight
+from nf4.gpu.linear import KERNELS, dense_scratch
 from nf4.gpu.plan import choose
 from nf4.kernels._launch import spoil
+from nf4.kernels.dequantize import dequantize
 from nf4.kernels.dequantize_merge import dequantize_merge
 from nf4.kernels.lora_down import lora_down
 from nf4.kernels.lora_grad import lora_grad, max_rank
@@ -45,7 +46,7 @@ def _rounded(low_rank: LowRank, dtype: torch.dtype) -> LowRank:
 
 def lora_linear(
     x: Tensor, weight: Weight, low_rank: LowRank, bias: Tensor | None, need_t: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Return y and t; arguments as in nf4/reference/lora_linear.py."""
     x, weight = x.contiguous(), weight.contiguous()
     m = math.prod(x.shape[:-1])
@@ -53,8 +54,8 @@ def lora_linear(
     how = choose("lora_linear", m, weight, x.dtype, low_rank).how
     if how == "dequantize_merge":
         low_rank = _rounded(low_rank, x.dtype)
-        t = lora_down(x, low_rank.lora_A, NO_DROPOUT) if need_t else x.new_empty(0)
-        w = _merged(weight, low_rank, x.dtype)
+        t = lora_down(x, low_rank.lora_A, NO_DROPOUT) if need_t else None
+        w = dequantize_merge(weight, low_rank, x.dtype, dense_scratch(weight, x.dtype))
         if bias is None:
             return library_linear(x, w), t
         # With a bias the library returns a view, which autograd would not let be written to
@@ -62,7 +63,8 @@ def lora_linear(
     given, x = x, as_rows(x)
     if how == "unfused":
         acc = accumulator(x.dtype)
-        y = x.to(acc) @ dense_weight(weight, x.dtype).to(acc).T
+        w = dequantize(weight, x.dtype, dense_scratch(weight, x.dtype))
+        y = x.to(acc) @ w.to(acc).T
         y, t = add_lora(y, x, low_rank, bias)
         return unflattened(y, given), t
     if how in KERNELS:  # which round what they read; a copy would be more than a launch
@@ -76,9 +78,9 @@ def lora_linear(
     if how in KERNELS:
         y = KERNELS[how](x, weight, Epilogue(bias, t, lora_B, scaling))
     else:
-        w = dense_weight(weight, x.dtype)
+        w = dequantize(weight, x.dtype, dense_scratch(weight, x.dtype))
         y = lora_up(t, lora_B.T, scaling, bias, NO_DROPOUT).addmm_(x, w.T)
-    return unflattened(y, given), t
+    return unflattened(y, given), t if need_t else None
 
 
 def lora_linear_backward(
@@ -100,7 +102,8 @@ def lora_linear_backward(
         dx = None
         if needs[0]:
             acc = accumulator(dy.dtype)
-            dx = dy.to(acc) @ dense_weight(weight, dy.dtype).to(acc)
+            w = dequantize(weight, dy.dtype, dense_scratch(weight, dy.dtype))
+            dx = dy.to(acc) @ w.to(acc)
         dx, dbias, dA, dB = add_lora_backward(dx, dy, x, t, low_rank, needs)
         return None if dx is None else unflattened(dx, given), dbias, dA, dB
     low_rank = _rounded(low_rank, dy.dtype)
@@ -120,17 +123,12 @@ def lora_linear_backward(
         dA = _strips(x.contiguous(), u, 1.0, dropout)
     dx = None
     if needs[0] and merges:
-        dx = dy @ _merged(weight, low_rank, dy.dtype)
+        w = dequantize_merge(weight, low_rank, dy.dtype, dense_scratch(weight, dy.dtype))
+        dx = dy @ w
     elif needs[0] and u is not None:
-        w = dense_weight(weight, dy.dtype)
+        w = dequantize(weight, dy.dtype, dense_scratch(weight, dy.dtype))
         dx = unflattened(lora_up(u, lora_A, 1.0, None, dropout).addmm_(dy, w), given)
     return dx, dbias, dA, dB
-
-
-def _merged(weight: Weight, low_rank: LowRank, dtype: torch.dtype) -> Tensor:
-    """Return W with an adapter merged into it, in scratch memory as of `dense_weight`."""
-    n, k = weight.shape
-    return dequantize_merge(weight, low_rank, dtype, dense_scratch((n, k), dtype, weight.device))
 
 
 def _strips(z: Tensor, v: Tensor, scaling: float, dropout: Dropout) -> Tensor:

@@ -18,8 +18,9 @@ from torch.nn.functional import linear as library_linear
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.gpu import plan
-from nf4.gpu.linear import dense_weight
+from nf4.gpu.linear import dense_scratch
 from nf4.kernels import _configs, _measured, matmul, matmul_small
+from nf4.kernels.dequantize import dequantize
 from nf4.tensor import Weight, fits_fragments
 from nf4.tools.caches import forget
 from nf4.tools.cost import device_of
@@ -31,7 +32,7 @@ SHAPES = [shape for shapes in MODELS.values() for shape in shapes]
 BLOCK_SIZE = 64
 ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CUTS = 4  # of a kernel, those that the model likes best
-LAUNCH = {"matmul": matmul.launch, "matmul_small": matmul_small.launch}
+PREPARE = {"matmul": matmul.prepare, "matmul_small": matmul_small.prepare}
 Clock = Callable[[Callable[[], Any]], float]
 
 
@@ -123,7 +124,7 @@ def _tune_shape(
         x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
 
         def library(x: Tensor = x) -> Tensor:
-            return library_linear(x, dense_weight(weight, x.dtype))
+            return library_linear(x, dequantize(weight, x.dtype, dense_scratch(weight, x.dtype)))
 
         small = m <= _configs.most_small_rows(n, device)
         ops = ("matmul_small", "matmul") if small else ("matmul",)
@@ -139,13 +140,20 @@ def _tune_shape(
     return limit, tiles
 
 
+def _launch(op: str, cut: _configs.MatmulConfig, x: Tensor, weight: Weight) -> Tensor:
+    """Multiply by one of the fused kernels, cut in one way."""
+    y, form, arguments = PREPARE[op](cut, x, weight, PLAIN_SUMS)
+    form(*arguments)
+    return y
+
+
 def _fastest(
     op: str, x: Tensor, weight: Weight, clock: Clock
 ) -> tuple[_configs.MatmulConfig, float]:
     """Return the fastest of the cuts of a kernel that the model likes best, and its time."""
     n, k = weight.shape
     cuts = _configs.ranked(op, len(x), n, k, x.device)[:CUTS]
-    times = [clock(partial(LAUNCH[op], cut, x, weight, PLAIN_SUMS)) for cut in cuts]
+    times = [clock(partial(_launch, op, cut, x, weight)) for cut in cuts]
     best = min(range(len(cuts)), key=times.__getitem__)
     return cuts[best], times[best]
 

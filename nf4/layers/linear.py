@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from nf4.adapters.layer import AdaptedLayer, check_adapter_name
 from nf4.adapters.lora import LoRA, check_lora_options
 from nf4.adapters.term import Base, Folded
-from nf4.functional import dequantize, linear, quantize, to_fragments, to_rows
+from nf4.functional import dequantize, multiply, quantize, to_fragments, to_rows
 from nf4.layers.module import QuantizedModule
 from nf4.ops import replay
 from nf4.ops.checks import check_block_size, check_int, check_weight
@@ -85,9 +85,6 @@ def _as_parameter(tensor: Tensor, dtype: torch.dtype | None = None) -> nn.Parame
     if isinstance(tensor, nn.Parameter) and dtype in (None, tensor.dtype):
         return tensor
     return nn.Parameter(tensor.detach().to(dtype or tensor.dtype))
-
-
-_NOTHING: dict[Any, Any] = {}  # what a layer remembers that was not called yet
 
 
 class LinearNF4(QuantizedModule):
@@ -252,13 +249,25 @@ class LinearNF4(QuantizedModule):
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ W.T + bias, ``[..., out_features]`` in the dtype of input."""
         if not torch.compiler.is_compiling():
-            own = self._parameters.get
-            parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"))
-            memo = self.__dict__.get("_memo", _NOTHING)
-            y = replay.again(memo, parts, self.block_size, input, self.bias)
+            y = self._again(input, (self.bias,))
             if y is not None:
                 return y
-        return linear(input, self.weight, self.bias)
+        return multiply(input, self.held(), self.bias, self.replays())
+
+    def base(self) -> Base:
+        """Return x W^T + bias on the 4-bit weight."""
+        return Base(self.held(), self.bias, self.replays())
+
+    def _again(
+        self, x: Tensor, others: tuple[Tensor | None, ...], scaling: float | None = None
+    ) -> Tensor | None:
+        """Return the product if its launches are known; see `replay.again`."""
+        replays = self.__dict__.get("_replays")
+        if not replays:
+            return None
+        own = self._parameters.get
+        parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"))
+        return replay.again(replays, parts, self.block_size, x, others, scaling)
 
     def merged_weight(self) -> Tensor:
         """Return the dense weight ``[out_features, in_features]`` in `dtype`."""
@@ -310,9 +319,27 @@ class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
         super().__init__(*args, **options)
         self._start_adapters()
 
+    def _known(self, x: Tensor) -> Tensor | None:
+        """Return the product with the only adapter, if its launches are known."""
+        adapter = None if torch.compiler.is_compiling() else self._alone()
+        if adapter is None:
+            return None
+        return self._again(x, (self.bias, adapter.lora_A, adapter.lora_B), adapter.scaling)
+
+    def _alone(self) -> LoRA | None:
+        """Return the only adapter that is computed, if it is plain and `replay` can know it."""
+        if len(self.active_adapters) != 1 or not self.__dict__.get("_replays"):
+            return None
+        if self.adapters_disabled or self.samples is not None or self.adapters is None:
+            return None
+        adapter = self.adapters._modules.get(self.active_adapters[0])
+        if type(adapter) is not LoRA or adapter.use_dora:
+            return None
+        return None if adapter.training and adapter.lora_dropout else adapter
+
     def base(self) -> Base:
         """Return x W^T + bias on the 4-bit weight."""
-        return Base(self.weight, self.bias)
+        return LinearNF4.base(self)
 
     def to_base(self) -> LinearNF4:
         """Return the frozen layer without adapters; it shares weight and bias."""

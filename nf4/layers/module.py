@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nf4.functional import to_fragments, to_rows
 from nf4.layers import bitsandbytes as bitsandbytes_files
+from nf4.ops import replay
 from nf4.tensor import PARTS, NF4Tensor, is_finite, is_mark
 
 
@@ -42,7 +43,7 @@ class QuantizedModule(nn.Module):
 
     def _hold(self, q: NF4Tensor) -> Self:
         """Hold a weight by its parameters, or new ones: what autograd saved of the old stays."""
-        self.__dict__.pop("_memo", None)
+        self.__dict__.pop("_replays", None)
         for name, tensor in zip(PARTS, q.parts(), strict=True):
             if tensor is None:
                 self.register_parameter(name, None)
@@ -64,12 +65,19 @@ class QuantizedModule(nn.Module):
 
     @property
     def weight(self) -> NF4Tensor:
-        """The quantized weight, sharing this module's tensors."""
+        """The quantized weight, sharing this module's tensors, and what it remembers."""
+        q = self.held()
+        if not torch.compiler.is_compiling():
+            replay.share(q, self.replays())
+        return q
+
+    def held(self) -> NF4Tensor:
+        """Return the quantized weight, sharing this module's tensors."""
         packed: Tensor = self.packed
         layout = "rows"
         if packed.dtype == torch.int32:
             packed, layout = packed.view(torch.uint8), "fragments"
-        q = NF4Tensor(
+        return NF4Tensor(
             packed,
             self.absmax,
             self._weight_shape,
@@ -79,18 +87,21 @@ class QuantizedModule(nn.Module):
             self.offset,
             layout,
         )
-        # The layer remembers: a tensor kept would hold memory
-        if not torch.compiler.is_compiling():
-            q.__dict__["_memo"] = self.__dict__.setdefault("_memo", {})
-        return q
+
+    def replays(self) -> replay.Replays:
+        """Return what is remembered of products with this weight; see nf4/ops/replay.py."""
+        if torch.compiler.is_compiling():
+            return {}
+        found: replay.Replays = self.__dict__.setdefault("_replays", {})
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies and pickles what is remembered of these very tensors."""
-        return {name: value for name, value in self.__dict__.items() if name != "_memo"}
+        return {name: value for name, value in self.__dict__.items() if name != "_replays"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the weight with the module, but keep its bytes and fp32 scales as they are."""
-        self.__dict__.pop("_memo", None)
+        self.__dict__.pop("_replays", None)
         frozen = {id(getattr(self, name)) for name in PARTS}
 
         def keep_dtype(t: Tensor) -> Tensor:

@@ -8,11 +8,6 @@ from nf4.ops.registry import define, nothing, run
 from nf4.ops.weight import LAYOUT, WEIGHT, weight_of
 
 
-def _dequantize(a: Any) -> Tensor:
-    out: Tensor = run("dequantize", a.packed, weight_of(a, a.shape), a.dtype)
-    return out
-
-
 def _fake(a: Any) -> Tensor:
     out: Tensor = a.packed.new_empty(a.shape, dtype=a.dtype)
     return out
@@ -25,12 +20,12 @@ def _dequantize_out(a: Any) -> None:
 define(
     "dequantize",
     f"({WEIGHT}, SymInt[] shape, int block_size, ScalarType dtype, {LAYOUT}) -> Tensor",
-    _dequantize,
     _fake,
+    pack=lambda a: (weight_of(a, a.shape), a.dtype),
 )
 define(
     "dequantize_out",
     f"({WEIGHT}, int block_size, Tensor(a!) out, {LAYOUT}) -> ()",
-    _dequantize_out,
     nothing,
+    compute=_dequantize_out,
 )

@@ -35,6 +35,6 @@ def _fake(a: Any) -> Tensor:
 define(
     "embedding",
     f"(Tensor rows, {WEIGHT}, SymInt k, int block_size, ScalarType dtype) -> Tensor",
-    _embedding,
     _fake,
+    compute=_embedding,
 )

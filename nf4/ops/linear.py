@@ -10,17 +10,10 @@ from nf4.ops.registry import (
     call,
     define,
     no_double_backward,
-    run_without_autocast,
 )
 from nf4.ops.weight import LAYOUT, WEIGHT, parts_of, weight_of
 from nf4.reference.linear import accumulator
 from nf4.tools.rows import as_rows
-
-
-def _linear(a: Any) -> Tensor:
-    weight = weight_of(a, (a.out_features, a.x.shape[-1]))
-    out: Tensor = run_without_autocast("linear", a.x, weight, a.bias)
-    return out
 
 
 def _linear_fake(a: Any) -> Tensor:
@@ -43,12 +36,6 @@ def _gradients(ctx: Any, needs: Any, dy: Tensor) -> Grads:
     return grads
 
 
-def _linear_backward(a: Any) -> Tensor:
-    weight = weight_of(a, (a.dy.shape[-1], a.in_features))
-    out: Tensor = run_without_autocast("linear_backward", a.dy, weight)
-    return out
-
-
 def _linear_backward_fake(a: Any) -> Tensor:
     out: Tensor = a.dy.new_empty((*a.dy.shape[:-1], a.in_features))
     return out
@@ -57,16 +44,16 @@ def _linear_backward_fake(a: Any) -> Tensor:
 define(
     "linear_backward",
     f"(Tensor dy, {WEIGHT}, SymInt in_features, int block_size, {LAYOUT}) -> Tensor",
-    _linear_backward,
     _linear_backward_fake,
-    Gradient(no_double_backward),
+    pack=lambda a: (a.dy, weight_of(a, (a.dy.shape[-1], a.in_features))),
+    gradient=Gradient(no_double_backward),
     rows=True,
 )
 define(
     "linear",
     f"(Tensor x, {WEIGHT}, Tensor? bias, SymInt out_features, int block_size, {LAYOUT}) -> Tensor",
-    _linear,
     _linear_fake,
-    Gradient(_gradients, _keep),
+    pack=lambda a: (a.x, weight_of(a, (a.out_features, a.x.shape[-1])), a.bias),
+    gradient=Gradient(_gradients, _keep),
     rows=True,
 )

@@ -14,15 +14,19 @@ from nf4.ops.registry import (
     call,
     define,
     no_double_backward,
-    run_without_autocast,
+    run,
 )
 from nf4.ops.weight import LAYOUT, LOW_RANK, WEIGHT, low_rank_of, parts_of, weight_of
 from nf4.reference.linear import accumulator
 
 
-def _lora_linear(a: Any) -> tuple[Tensor, Tensor]:
+def _pack(a: Any) -> tuple[Any, ...]:
     weight = weight_of(a, (a.lora_B.shape[0], a.x.shape[-1]))
-    y, t = run_without_autocast("lora_linear", a.x, weight, low_rank_of(a), a.bias, a.need_t)
+    return a.x, weight, low_rank_of(a), a.bias, a.need_t
+
+
+def _lora_linear(a: Any) -> tuple[Tensor, Tensor]:
+    y, t = run("lora_linear", a.x, *_pack(a))
     return y, t if a.need_t else a.x.new_empty(0)
 
 
@@ -34,7 +38,8 @@ def _lora_linear_fake(a: Any) -> tuple[Tensor, Tensor]:
 
 def _keep(ctx: Any, needs: Any, a: Any, output: Any) -> None:
     _, t = output
-    ctx.mark_non_differentiable(t)
+    if t is not None:
+        ctx.mark_non_differentiable(t)
     x, t = (a.x if needs.lora_A else None), (t if needs.lora_B else None)
     ctx.save_for_backward(x, t, *parts_of(a), a.lora_A, a.lora_B, a.seed)
     ctx.scaling, ctx.dropout_p = a.scaling, a.dropout_p
@@ -57,17 +62,14 @@ def _gradients(ctx: Any, needs: Any, dy: Tensor, dt: None) -> Grads:
     }
 
 
-def _lora_linear_backward(a: Any) -> tuple[Tensor, ...]:
-    grads = _wanted_alone(a)
-    return tuple(a.dy.new_empty(0) if g is None else g for g in grads)
-
-
-def _wanted_alone(a: Any) -> tuple[Tensor | None, ...]:
-    """Return the gradients, None for those that are not wanted."""
+def _pack_backward(a: Any) -> tuple[Any, ...]:
     weight = weight_of(a, (a.dy.shape[-1], a.lora_A.shape[1]))
-    terms = (a.x, a.t, weight, low_rank_of(a), a.needs)
-    grads: tuple[Tensor | None, ...] = run_without_autocast("lora_linear_backward", a.dy, *terms)
-    return grads
+    return a.dy, a.x, a.t, weight, low_rank_of(a), a.needs
+
+
+def _lora_linear_backward(a: Any) -> tuple[Tensor, ...]:
+    grads = run("lora_linear_backward", a.dy, *_pack_backward(a))
+    return tuple(a.dy.new_empty(0) if g is None else g for g in grads)
 
 
 def _lora_linear_backward_fake(a: Any) -> tuple[Tensor, ...]:
@@ -88,16 +90,17 @@ define(
     "lora_linear_backward",
     f"(Tensor dy, Tensor? x, Tensor? t, {WEIGHT}, {LOW_RANK}, int block_size, bool[] needs, "
     f"{LAYOUT}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _lora_linear_backward,
     _lora_linear_backward_fake,
-    Gradient(no_double_backward),
-    direct=_wanted_alone,
+    pack=_pack_backward,
+    compute=_lora_linear_backward,
+    gradient=Gradient(no_double_backward),
 )
 define(
     "lora_linear",
     f"(Tensor x, {WEIGHT}, Tensor? bias, {LOW_RANK}, bool need_t, int block_size, {LAYOUT})"
     " -> (Tensor, Tensor)",
-    _lora_linear,
     _lora_linear_fake,
-    Gradient(_gradients, _keep),
+    pack=_pack,
+    compute=_lora_linear,
+    gradient=Gradient(_gradients, _keep),
 )

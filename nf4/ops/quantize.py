@@ -90,18 +90,18 @@ def _checked(w: Tensor, check: bool, packed: Tensor, absmax: Tensor) -> tuple[Te
 define(
     "quantize",
     "(Tensor w, int block_size, bool check) -> (Tensor, Tensor)",
-    _quantize,
     _fake,
+    compute=_quantize,
 )
 define(
     "quantize_mse",
     "(Tensor w, int block_size, bool signed, Tensor? weights, bool check) -> (Tensor, Tensor)",
-    _quantize_mse,
     _fake,
+    compute=_quantize_mse,
 )
 define(
     "quantize_out",
     "(Tensor w, int block_size, bool check, Tensor(a!) packed, Tensor(b!) absmax) -> ()",
-    _quantize_out,
     nothing,
+    compute=_quantize_out,
 )

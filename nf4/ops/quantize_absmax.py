@@ -9,12 +9,6 @@ from nf4.codebook import ABSMAX_BLOCK_SIZE
 from nf4.ops.registry import define, nothing, run
 
 
-def _quantize_absmax(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    parts: tuple[Tensor, Tensor, Tensor]
-    parts = run("quantize_absmax", a.absmax, a.absmax)
-    return parts
-
-
 def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     blocks = (a.absmax.numel() + ABSMAX_BLOCK_SIZE - 1) // ABSMAX_BLOCK_SIZE
     codes = torch.empty_like(a.absmax, dtype=torch.uint8)
@@ -28,12 +22,12 @@ def _quantize_absmax_out(a: Any) -> None:
 define(
     "quantize_absmax",
     "(Tensor absmax) -> (Tensor, Tensor, Tensor)",
-    _quantize_absmax,
     _fake,
+    pack=lambda a: (a.absmax,),
 )
 define(
     "quantize_absmax_out",
     "(Tensor absmax, Tensor(a!) codes, Tensor(b!) absmax2, Tensor(c!) offset) -> ()",
-    _quantize_absmax_out,
     nothing,
+    compute=_quantize_absmax_out,
 )

@@ -41,18 +41,16 @@ class Gradient:
 
 
 class Operator(NamedTuple):
-    """An operator, as it is called.
+    """An operator, as it is called with its arguments one by one.
 
     Attributes:
-        arguments: a tuple type, an argument a field.
-        compute: takes arguments, and computes past the dispatcher.
-        eager: the same with a gradient, of arguments one by one; None if it has none.
+        short: computes past PyTorch's dispatcher.
+        eager: the same with a gradient; None if it has none.
         overload: PyTorch's.
         functional: as torch.func takes it.
     """
 
-    arguments: Any
-    compute: Callable[..., Any]
+    short: Callable[..., Any]
     eager: Callable[..., Any] | None
     overload: Any
     functional: Callable[..., Any]
@@ -64,11 +62,12 @@ _OPERATORS: dict[str, Operator] = {}
 def define(
     name: str,
     schema: str,
-    compute: Callable[..., Any],
     fake: Callable[..., Any],
+    *,
+    pack: Callable[..., tuple[Any, ...]] | None = None,
+    compute: Callable[..., Any] | None = None,
     gradient: Gradient | None = None,
     rows: bool = False,
-    direct: Callable[..., Any] | None = None,
 ) -> None:
     """Register an operator ``nf4::name``.
 
@@ -77,11 +76,12 @@ def define(
     Args:
         name: by which `call` finds it.
         schema: arguments and results.
-        compute: what it computes.
         fake: the results' shapes and dtypes alone.
+        pack: returns what the backend's function of the operator's name takes; past the dispatcher
+            its results are the operator's, and may be None or more than the schema promises.
+        compute: what the operator computes, where that is more than the backend's function does.
         gradient: of it, if it has one.
         rows: whether the first argument may have any number of dimensions before its last.
-        direct: what computes it past the dispatcher, where results may be None.
     """
     qualified = f"nf4::{name}"
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -89,7 +89,9 @@ def define(
     given = overload._schema.arguments
     defaults = [one.default_value for one in given if one.has_default_value()]
     arguments = namedtuple(name, [one.name for one in given], defaults=defaults)  # type: ignore[misc]
-    torch.library.impl(qualified, "CompositeExplicitAutograd")(_packing(arguments, compute))
+    short, target = _short(name, arguments, pack, compute)
+    whole = compute or (lambda a: short(*a))
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(_packing(arguments, whole))
     torch.library.register_fake(qualified)(_packing(arguments, fake))
     if "()" not in schema:
         torch.library.register_vmap(qualified, partial(_batched, overload, rows))
@@ -99,8 +101,8 @@ def define(
         torch.library.register_autograd(qualified, backward, setup_context=keep)
         functional = _functional(overload, backward, keep)
         if gradient.keep is not None:
-            eager = _eager(arguments, compute, backward, keep)
-    _OPERATORS[name] = Operator(arguments, direct or compute, eager, overload, functional)
+            eager = _eager(target, len(given), backward, keep)
+    _OPERATORS[name] = Operator(short, eager, overload, functional)
 
 
 def _packing(arguments: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,24 +135,54 @@ def _keeping(arguments: Any, gradient: Gradient) -> Callable[..., None]:
     return keep
 
 
-def _eager(
+# Says what computes an operator of its arguments one by one, and what that is given
+Target = Callable[[tuple[Any, ...]], tuple[Callable[..., Any], tuple[Any, ...]]]
+
+
+def _short(
+    name: str,
     arguments: Any,
-    compute: Callable[..., Any],
-    backward: Callable[..., Any],
-    keep: Callable[..., None],
+    pack: Callable[..., tuple[Any, ...]] | None,
+    compute: Callable[..., Any] | None,
+) -> tuple[Callable[..., Any], Target]:
+    """Return an operator without its gradient, and without PyTorch's dispatcher; and its target."""
+    if pack is None and compute is None:
+        raise ValueError(f"{name}: expected pack or compute, got neither")
+
+    def target(args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return backend(name, args[0]), pack(tuple.__new__(arguments, args))  # type: ignore[misc]
+
+    def short(*args: Any) -> Any:  # `target` and `backend` written out: two calls less
+        device = args[0].device
+        kind = device.type
+        given = pack(tuple.__new__(arguments, args))  # type: ignore[misc]
+        here = kind == "cpu" or (kind == "cuda" and device.index == streams.current_gpu())
+        if here and not torch._C._is_any_autocast_enabled():
+            return implementation(name, kind)(*given)
+        return run(name, args[0], *given)
+
+    def computing(*args: Any) -> Any:
+        return compute(tuple.__new__(arguments, args))  # type: ignore[misc]
+
+    return (short, target) if pack is not None else (computing, lambda args: (computing, args))
+
+
+def _eager(
+    target: Target, inputs: int, backward: Callable[..., Any], keep: Callable[..., None]
 ) -> Callable[..., Any]:
     """Return an operator with its gradient, without PyTorch's dispatcher."""
 
     def forward(ctx: Any, *args: Any) -> Any:
         ctx.set_materialize_grads(False)  # of what is not differentiable, zeros would be made
-        output = compute(tuple.__new__(arguments, args))
+        function, given = target(args)
+        output = function(*given)
         keep(ctx, args, output)
         return output
 
     def gradients(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> Any:
         return nothing if grad is None else backward(ctx, grad, *others)
 
-    nothing = (None,) * len(arguments._fields)
+    nothing = (None,) * inputs
     methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function: Any = type("NF4", (torch.autograd.Function,), methods)
     # past what Function.apply does for torch.func, whose tensors never come here
@@ -228,36 +260,41 @@ def _functional(
 
 
 def call(name: str, *args: Any) -> Any:
-    """Call an operator, past PyTorch's dispatcher where nobody asks for it.
+    """Call an operator, past PyTorch's dispatcher where nobody asks for it."""
+    return resolved(name, args)(*args)
 
-    The dispatcher costs more than some kernels take, with gradients 150 us. It is needed for
+
+def resolved(name: str, args: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return what computes an operator of its arguments.
+
+    PyTorch's dispatcher costs more than some kernels take, with gradients 150 us. It is needed for
     subclasses and modes (fake tensors, torch.compile, torch.func), while tracing, and to make
     views that are to be negated what they stand for.
     """
-    arguments, compute, eager, operator, functional = _OPERATORS[name]
+    short, eager, overload, functional = _OPERATORS[name]
     compiling = torch.compiler.is_compiling()
     # `is_transformed` written out: a call less
     if not compiling and torch._C._functorch.peek_interpreter_stack() is not None:
-        return functional(*args)
+        return functional
     if (
         compiling
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
         or args[0].is_meta  # all are on one device
     ):
-        return operator(*args)
+        return overload  # type: ignore[no-any-return]
     grad, found = torch.is_grad_enabled(), False
     for a in args:
         kind = type(a)
         if kind in PLAIN:
             if a.is_neg():
-                return operator(*args)
+                return overload  # type: ignore[no-any-return]
             found = found or (grad and a.requires_grad)
         elif kind not in _NO_TENSORS and isinstance(a, Tensor):
-            return operator(*args)
+            return overload  # type: ignore[no-any-return]
     if found:
-        return operator(*args) if eager is None else eager(*args)
-    return compute(tuple.__new__(arguments, args))
+        return overload if eager is None else eager
+    return short
 
 
 _NO_TENSORS = {type(None), bool, int, float, str, list, torch.Size, torch.dtype}
@@ -315,27 +352,33 @@ def implementation(op: str, device_type: str) -> Callable[..., Any]:
     return function
 
 
-def run(op: str, like: Tensor, *args: Any) -> Any:
-    """Compute an operator where a tensor is, whatever the current device is."""
+def backend(op: str, like: Tensor) -> Callable[..., Any]:
+    """Return what computes an operator where a tensor is; as `run` does, where that is no more."""
     device = like.device
     kind = device.type
-    function = implementation(op, kind)
-    if kind == "cpu":
-        return function(*args)
-    if kind == "cuda" and device.index == streams.current_gpu():
-        return function(*args)
-    # Kernels are launched on the current device
-    with torch.get_device_module(device).device(device):
-        return function(*args)
+    here = kind == "cpu" or (kind == "cuda" and device.index == streams.current_gpu())
+    if here and not torch._C._is_any_autocast_enabled():
+        return implementation(op, kind)
+    return partial(run, op, like)
 
 
-def run_without_autocast(op: str, x: Tensor, *args: Any) -> Any:
-    """Keep autocast out of an operator: its caller has chosen the dtypes already."""
-    kind = x.device.type
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind):
-        return run(op, x, x, *args)
-    torch.set_autocast_enabled(kind, False)  # a context manager costs more than a launch
+def run(op: str, like: Tensor, *args: Any) -> Any:
+    """Compute an operator where a tensor is, whatever the current device is.
+
+    Autocast is kept out: who calls an operator has chosen the dtypes already.
+    """
+    device = like.device
+    kind = device.type
+    casts = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(kind)
+    if casts:  # a context manager costs more than a launch
+        torch.set_autocast_enabled(kind, False)
     try:
-        return run(op, x, x, *args)
+        function = implementation(op, kind)
+        if kind == "cpu" or (kind == "cuda" and device.index == streams.current_gpu()):
+            return function(*args)
+        # Kernels are launched on the current device
+        with torch.get_device_module(device).device(device):
+            return function(*args)
     finally:
-        torch.set_autocast_enabled(kind, True)
+        if casts:
+            torch.set_autocast_enabled(kind, True)

@@ -25,6 +25,6 @@ def _fake(a: Any) -> tuple[Tensor, Tensor]:
 define(
     "repack",
     "(Tensor packed, Tensor absmax, SymInt rows, SymInt columns, str layout) -> (Tensor, Tensor)",
-    _repack,
     _fake,
+    compute=_repack,
 )

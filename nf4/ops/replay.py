@@ -17,13 +17,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nf4.tensor import PLAIN, NF4Tensor, memo_of
+from nf4.tensor import PLAIN, NF4Tensor
 from nf4.tools import scratch, streams
 
 MOST_ROWS = 64  # beyond which a GPU takes longer than the host
 MOST = 16  # products kept of one weight
 MOST_OF_ALL = 8192  # some 30 MB of the host
+Replays = dict[Any, "Replay | None"]  # of one weight, by what they depend on
 _known: "weakref.WeakSet[Replay]" = weakref.WeakSet()
+_of_tensors: "weakref.WeakKeyDictionary[NF4Tensor, Replays]" = weakref.WeakKeyDictionary()
+
+
+def replays_of(q: NF4Tensor) -> Replays:
+    """Return what is remembered of a tensor that is no layer's: layers remember themselves."""
+    found = _of_tensors.get(q)
+    if found is None:
+        found = _of_tensors[q] = {}
+    return found
 
 
 class Replay:
@@ -58,8 +68,17 @@ class Replay:
         return y
 
 
+def share(q: NF4Tensor, replays: Replays) -> None:
+    """Let a tensor of a layer's weight know what the layer remembers."""
+    _of_tensors[q] = replays
+
+
+_NEW: Any = object()  # what is not known yet
+
+
 def product(
     q: NF4Tensor,
+    replays: Replays | None,
     x: Tensor,
     others: tuple[Tensor | None, ...],
     scaling: Any,
@@ -69,10 +88,11 @@ def product(
 
     Args:
         q: the weight.
+        replays: of it; None for `replays_of` it.
         x: its input.
         others: bias, and the factors of an adapter.
         scaling: of the adapter.
-        long: computes the product the long way, with all checks; called the first time.
+        long: computes the product the long way; called the first time.
 
     Returns:
         What long returns, or None where it has to be called every time.
@@ -85,55 +105,59 @@ def product(
     if found is None:
         return None
     key, given = found
-    known = memo_of(q).setdefault("replays", {})
-    replay = known.get(key, known)
+    if replays is None:
+        replays = replays_of(q)
+    y: Tensor | None
+    replay = replays.get(key, _NEW)
     if replay is None:
         return None  # not of launches alone
-    if replay is not known and replay.weight == _pointers(*q.parts()):
-        return replay(x, given)  # type: ignore[no-any-return]
+    if replay is not _NEW and replay.weight == _pointers(*q.parts()):
+        y = replay(x, given)
+        return y
     if len(_known) >= MOST_OF_ALL:
         return None
-    y: Tensor
     y, launches = importlib.import_module("nf4.kernels._launch").recorded(long)
-    if len(known) >= MOST:
-        known.clear()
+    if len(replays) >= MOST:
+        replays.clear()
     whole = all(part.is_contiguous() for part in q.tensors())
     places = {tensor.data_ptr() for tensor in (y, x, *given)}
     whole = whole and len(places) == len(given) + 2  # none lies where another does
     usable = launches is not None and whole and type(y) is Tensor and y.is_contiguous()
-    known[key] = Replay(q, (x, *given), y, launches) if usable else None
+    replays[key] = Replay(q, (x, *given), y, launches) if usable else None
     return y
 
 
 def again(
-    memo: dict[Any, Any],
+    replays: Replays,
     parts: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     block_size: int,
     x: Tensor,
-    bias: Tensor | None,
+    others: tuple[Tensor | None, ...],
+    scaling: Any = None,
 ) -> Tensor | None:
     """Return a layer's product if its launches are known, without making a tensor of its weight.
 
     Not to be called while torch.compile traces.
 
     Args:
-        memo: what the layer remembers, see `nf4.tensor.memo_of`.
+        replays: of the layer's weight.
         parts: packed, int32 in fragments, absmax, absmax2 and offset; None where it has none.
         block_size: of the weight.
         x: its input.
-        bias: of the layer.
+        others: bias, and the factors of an adapter.
+        scaling: of the adapter.
     """
-    known, (packed, absmax, *others) = memo.get("replays"), parts
-    if not known or packed is None or absmax is None:
+    packed, absmax, *scales = parts
+    if not replays or packed is None or absmax is None:
         return None
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts):
         return None
     layout = "fragments" if packed.dtype == torch.int32 else "rows"
-    found = _key(layout, block_size, x, (bias,), None)
-    replay = None if found is None else known.get(found[0])
-    if replay is None or replay.weight != _pointers(packed, absmax, *others):
+    found = _key(layout, block_size, x, others, scaling)
+    replay = None if found is None else replays.get(found[0])
+    if found is None or replay is None or replay.weight != _pointers(packed, absmax, *scales):
         return None
-    return replay(x, found[1])  # type: ignore[no-any-return, index]
+    return replay(x, found[1])
 
 
 def _key(

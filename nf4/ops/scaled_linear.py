@@ -14,7 +14,7 @@ from nf4.ops.registry import (
     call,
     define,
     no_double_backward,
-    run_without_autocast,
+    run,
 )
 from nf4.ops.weight import LAYOUT, WEIGHT, parts_of, weight_of
 from nf4.reference.linear import accumulator
@@ -29,9 +29,9 @@ def _scaled_linear(a: Any) -> tuple[Tensor, Tensor]:
     x = a.x if a.input_factor is None else times(a.x, a.input_factor)
     weight = weight_of(a, (a.out_features, x.shape[-1]))
     if not a.need_y:
-        y = run_without_autocast("linear", x, weight, a.bias, a.output_factor)
+        y = run("linear", x, x, weight, a.bias, a.output_factor)
         return y, x.new_empty(0)
-    y = run_without_autocast("linear", x, weight, a.bias)  # which output_factor's gradient needs
+    y = run("linear", x, x, weight, a.bias)  # which output_factor's gradient needs
     return (y if a.output_factor is None else times(y, a.output_factor)), y
 
 
@@ -79,7 +79,7 @@ define(
     "scaled_linear",
     f"(Tensor x, {WEIGHT}, Tensor? bias, Tensor? input_factor, Tensor? output_factor, bool need_y,"
     f" SymInt out_features, int block_size, {LAYOUT}) -> (Tensor, Tensor)",
-    _scaled_linear,
     _fake,
-    Gradient(_gradients, _keep),
+    compute=_scaled_linear,
+    gradient=Gradient(_gradients, _keep),
 )

@@ -69,7 +69,7 @@ class NF4IA3Linear(MergedBesideBase, nn.Module, IA3Layer):  # type: ignore[misc]
         if self._merged is not None and below is None:
             return self._multiply(x, self._merged, self._merged_bias())
         names = () if self.disable_adapters else self.merged_adapters or self.active_adapters
-        return compute(x, Base(self.base.weight, self.base.bias), self._terms(names), below)
+        return compute(x, self.base.base(), self._terms(names), below)
 
     def _terms(self, names: Iterable[str]) -> list[Term]:
         """Return what adapters compute: one factor, the product of theirs."""

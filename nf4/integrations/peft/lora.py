@@ -151,7 +151,7 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
                 self.unmerge()
             base: Tensor = self.base_layer(x)
             return base
-        base_product, below = Base(self.base.weight, self.base.bias), self._below()
+        base_product, below = self.base.base(), self._below()
         if adapter_names is not None:
             # "__base__", or an adapter of other layers, is none here
             found = {name: self._adapter(name) for name in set(adapter_names) & set(self.lora_A)}
