@@ -449,11 +449,11 @@ def test_replays_compute_what_the_long_way_does(m, monkeypatch) -> None:
 
 
 def frames_beneath(layer, monkeypatch) -> list[int]:
-    """Return of each launch how many functions were entered, a layer's forward the first."""
+    """Return of each launch how many functions lie between a layer's forward and it."""
     found, launch, forward = [], _launch.Launch.__call__, type(layer).forward.__code__
 
     def counting(self, *args):
-        frame, depth = sys._getframe(1), 1
+        frame, depth = sys._getframe(1), 0
         while frame is not None and frame.f_code is not forward:
             frame, depth = frame.f_back, depth + 1
         if frame is not None:
@@ -474,9 +474,10 @@ def test_few_functions_lie_between_a_layer_and_its_launches(
         nf4.LinearNF4.from_weight(fragments_of(F)).to_fragments(),
         nf4.QLoRALinear.from_weight(fragments_of(F), r=8).to_fragments(),
     ):
+        frozen = type(layer) is nf4.LinearNF4
         with monkeypatch.context() as patch, torch.set_grad_enabled(training):
             layer(x)
             depths = frames_beneath(layer, patch)
             layer(x)
         replayed = not training and rows <= replay.MOST_ROWS
-        assert (depths == []) == replayed and max(depths, default=0) <= 6
+        assert (depths == []) == replayed and max(depths, default=0) <= (5 if frozen else 6)

@@ -96,7 +96,7 @@ def test_peft_gives_the_same_as_on_dense_weights(options, bases, tmp_path) -> No
 
 
 def test_one_adapter_is_one_fused_call(bases, monkeypatch) -> None:
-    from nf4.adapters import lora as module
+    from nf4.adapters import term as module
 
     calls, fused = [], module.multiply_lora
     monkeypatch.setattr(module, "multiply_lora", lambda *args: calls.append(args) or fused(*args))

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nf4.adapters.term import Base, Below, Folded
-from nf4.functional import multiply_scaled
-from nf4.tensor import NF4Tensor
+from nf4.adapters.term import Base, Folded, Product
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +21,9 @@ class OutputFactor:
 
     factor: Tensor
 
-    def apply(self, x: Tensor, below: Below, base: Base) -> Tensor:
+    def apply(self, x: Tensor, below: Product, base: Base) -> Tensor:
         """Return factor times what is below, in its dtype; the product is rounded once."""
-        if below is base and isinstance(base.weight, NF4Tensor):
-            return multiply_scaled(x, base.weight, base.bias, output_factor=self.factor)
-        y = below(x)
-        return (y * self.factor).to(y.dtype)
+        return below.scale_outputs(x, self.factor)
 
     def fold(self, w: Tensor, bias: Tensor | None, base: Base) -> Folded:
         """Return the rows of W and the bias times the factor."""
@@ -46,11 +41,9 @@ class InputFactor:
 
     factor: Tensor
 
-    def apply(self, x: Tensor, below: Below, base: Base) -> Tensor:
+    def apply(self, x: Tensor, below: Product, base: Base) -> Tensor:
         """Return what is below of x times the factor, which is rounded to the dtype of x."""
-        if below is base and isinstance(base.weight, NF4Tensor):
-            return multiply_scaled(x, base.weight, base.bias, input_factor=self.factor)
-        return below((x * self.factor).to(x.dtype))
+        return below.scale_inputs(x, self.factor)
 
     def fold(self, w: Tensor, bias: Tensor | None, base: Base) -> Folded:
         """Return the columns of W times the factor, and the bias as it is."""

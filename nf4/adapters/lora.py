@@ -10,28 +10,27 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from torch.nn.functional import linear as dense_linear
 
 from nf4.adapters.term import (
     Adapter,
     Base,
-    Below,
     Folded,
+    Product,
     check_plain,
+    low_rank_update,
     single,
 )
-from nf4.functional import dequantize_rows, multiply_lora, times_scaling
+from nf4.functional import dequantize_rows, times_scaling
 from nf4.ops.checks import check_dropout, check_int, check_number
 from nf4.ops.registry import call, define
 from nf4.ops.weight import WEIGHT, parts_of
 from nf4.tensor import NF4Tensor
-from nf4.tools.terms import NO_DROPOUT, Dropout
 
 _ROWS = 256  # of W that are dense at a time
 # Options of PEFT that change what the tensors mean, with the values that do not
@@ -87,21 +86,18 @@ class LoRATerm:
     magnitude: Tensor | None = None
     bias: Tensor | None = None
 
-    def apply(self, x: Tensor, below: Below, base: Base) -> Tensor:
+    def apply(self, x: Tensor, below: Product, base: Base) -> Tensor:
         """Return what is below plus this adapter, in the dtype of what is below."""
-        plain = self.magnitude is None and self.bias is None
-        if plain and below is base and isinstance(base.weight, NF4Tensor):
-            low, p = (self.lora_A, self.lora_B), self.dropout_p
-            drops = Dropout(p) if p else NO_DROPOUT
-            return multiply_lora(x, base.weight, low, self.scaling, base.bias, drops, base.replays)
+        if self.magnitude is None and self.bias is None:
+            low = (self.lora_A, self.lora_B, self.scaling)
+            return below.low_rank(x, *low, self.dropout_p)
         y = below(x)
         return y + self._update(x, y, base)
 
     def _update(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """Return what the adapter adds to an output y, in the dtype of y."""
-        a, b = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)
         dropped = dropout(x, self.dropout_p)
-        update = dense_linear(dense_linear(dropped.to(y.dtype), a), b) * self.scaling
+        update = low_rank_update(dropped, y.dtype, self.lora_A, self.lora_B, self.scaling)
         if self.magnitude is not None:
             if base.weight.device != y.device:
                 raise ValueError(
@@ -109,7 +105,7 @@ class LoRATerm:
                     f"{base.weight.device}: offloaded layers take LoRA without DoRA"
                 )
             if self.dropout_p:
-                y = Base(base.weight)(dropped)
+                y = replace(base, bias=None)(dropped)
             elif base.bias is not None:
                 y = y - base.bias.to(y.dtype)
             # In fp32 until a little beside 1 is a number of its own

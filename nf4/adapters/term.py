@@ -1,7 +1,7 @@
 """What every kind of adapter is: a term over a linear layer's product, parameters, a form in files.
 
 A layer computes x W^T + bias. An adapter makes of this product another one, and the next adapter
-another one of that: each `Term` gets its input x and what is beneath it as a function. Folded into
+another one of that: each `Term` gets its input x and what is beneath it, a `Product`. Folded into
 a weight, terms are applied in the same order. A new kind is one file with a term and a subclass of
 `Adapter`, such as nf4/models/kinds/ia3.py; layers, files, choice and merging know it by these.
 """
@@ -13,56 +13,158 @@ from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 from torch.nn.functional import linear as dense_linear
 
-from nf4.functional import dequantize, multiply
+from nf4.functional import dequantize, multiply, multiply_lora, multiply_scaled
 from nf4.ops.replay import Replays
 from nf4.tensor import NF4Tensor
+from nf4.tools.terms import NO_DROPOUT, Dropout
 
-Below = Callable[[Tensor], Tensor]
 # What a weight is, and the bias beside it
 Folded = tuple[Tensor, Tensor | None]
 
 
+class Product:
+    """What is computed of an input x: a layer's product, or that with terms on it.
+
+    Each way to change a product has a method, generic here: what is fused overrides it.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what is computed of x ``[..., K]``: ``[..., N]``."""
+        raise NotImplementedError
+
+    def low_rank(
+        self,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        dropout_p: float,
+    ) -> Tensor:
+        """Return it plus scaling * dropout(x) @ lora_A.T @ lora_B.T, in its dtype."""
+        y = self(x)
+        update = low_rank_update(dropout(x, dropout_p), y.dtype, lora_A, lora_B, scaling)
+        return y + update.to(y.dtype)
+
+    def scale_outputs(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Return it times a factor ``[N]``, in its dtype; the product is rounded once."""
+        y = self(x)
+        return (y * factor).to(y.dtype)
+
+    def scale_inputs(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Return it of x times a factor ``[K]``, which is rounded to the dtype of x."""
+        return self((x * factor).to(x.dtype))
+
+
+def low_rank_update(
+    x: Tensor, dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
+) -> Tensor:
+    """Return scaling * x @ lora_A.T @ lora_B.T, computed in a dtype."""
+    a, b = lora_A.to(dtype), lora_B.to(dtype)
+    return dense_linear(dense_linear(x.to(dtype), a), b) * scaling
+
+
 @dataclass(frozen=True, eq=False)
-class Base:
-    """A layer's product without adapters; called with x, it returns x @ W.T + bias.
+class Base(Product):
+    """A layer's product without adapters: x @ W.T + bias for a dense W.
 
     Attributes:
-        weight: W ``[N, K]``, in four bits or dense.
+        weight: W ``[N, K]``.
+        bias: floating ``[N]`` or None.
+    """
+
+    weight: Tensor | NF4Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x @ W.T + bias, ``[..., N]`` in the dtype of x."""
+        return dense_linear(x, self._dense_weight, self.bias)
+
+    @property
+    def _dense_weight(self) -> Tensor:
+        assert isinstance(self.weight, Tensor)
+        return self.weight
+
+    def dense(self) -> Tensor:
+        """Return W as a new tensor ``[N, K]``, float32, or float64 if it is dense and that."""
+        weight = self._dense_weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return weight.detach().to(wide, copy=True)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedBase(Base):
+    """The same for a W in four bits, with everything that can be done in one call fused.
+
+    Attributes:
+        weight: W ``[N, K]``, checked.
         bias: floating ``[N]`` or None.
         replays: what a layer remembers of products with its weight.
     """
 
-    weight: NF4Tensor | Tensor
-    bias: Tensor | None = None
+    weight: NF4Tensor
     replays: Replays = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias, ``[..., N]`` in the dtype of x."""
-        if isinstance(self.weight, NF4Tensor):
-            return multiply(x, self.weight, self.bias, self.replays)
-        return dense_linear(x, self.weight, self.bias)
+        return multiply(x, self.weight, self.bias, self.replays)
+
+    def low_rank(
+        self,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float | Tensor,
+        dropout_p: float,
+    ) -> Tensor:
+        """Do as `Product.low_rank` with `nf4.lora_linear`."""
+        low, drops = (lora_A, lora_B), Dropout(dropout_p) if dropout_p else NO_DROPOUT
+        return multiply_lora(x, self.weight, low, scaling, self.bias, drops, self.replays)
+
+    def scale_outputs(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Do as `Product.scale_outputs` with `nf4.linear`."""
+        return multiply_scaled(x, self.weight, self.bias, output_factor=factor)
+
+    def scale_inputs(self, x: Tensor, factor: Tensor) -> Tensor:
+        """Do as `Product.scale_inputs` with `nf4.linear`."""
+        return multiply_scaled(x, self.weight, self.bias, input_factor=factor)
 
     def dense(self) -> Tensor:
-        """Return W as a new tensor ``[N, K]``, float32, or float64 if it is dense and that."""
-        if isinstance(self.weight, NF4Tensor):
-            return dequantize(self.weight, torch.float32)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return self.weight.detach().to(wide, copy=True)
+        """Return W as a new tensor ``[N, K]``, float32."""
+        return dequantize(self.weight, torch.float32)
+
+
+def base_of(weight: NF4Tensor | Tensor, bias: Tensor | None = None) -> Base:
+    """Return the product with a weight, in four bits or dense."""
+    if isinstance(weight, NF4Tensor):
+        return QuantizedBase(weight, bias)
+    return Base(weight, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Called(Product):
+    """What a function computes, such as a layer that does more than its product."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the function does."""
+        return self.function(x)
 
 
 class Term(Protocol):
     """What an adapter computes, with its parameters as they are at one call."""
 
     @abstractmethod
-    def apply(self, x: Tensor, below: Below, base: Base) -> Tensor:
+    def apply(self, x: Tensor, below: Product, base: Base) -> Tensor:
         """Return the layer's output with this term on it.
 
         Args:
             x: floating ``[..., K]``.
-            below: what is computed of an input without this term; base itself if nothing else is
-                between them.
+            below: what is computed without this term; base itself if nothing else is between
+                them.
             base: the product at the bottom.
 
         Returns:
@@ -83,7 +185,19 @@ class Term(Protocol):
         """
 
 
-def compute(x: Tensor, base: Base, terms: Sequence[Term], below: Below | None = None) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _Over(Product):
+    """A product with a term on it."""
+
+    term: Term
+    below: Product
+    base: Base
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.term.apply(x, self.below, self.base)
+
+
+def compute(x: Tensor, base: Base, terms: Sequence[Term], below: Product | None = None) -> Tensor:
     """Return the output of a layer with terms on it, the last one outermost.
 
     Args:
@@ -94,16 +208,12 @@ def compute(x: Tensor, base: Base, terms: Sequence[Term], below: Below | None = 
     """
     below = base if below is None else below
     for term in terms:
-        below = _over(term, below, base)
+        below = _Over(term, below, base)
     return below(x)
 
 
-def _over(term: Term, below: Below, base: Base) -> Below:
-    return lambda x: term.apply(x, below, base)
-
-
 def compute_mixed(
-    x: Tensor, base: Base, terms: Sequence[Term | None], below: Below | None = None
+    x: Tensor, base: Base, terms: Sequence[Term | None], below: Product | None = None
 ) -> Tensor:
     """Return the output of a batch whose samples have a term each, or none.
 
@@ -128,9 +238,9 @@ def compute_mixed(
     return y
 
 
-def _known(x: Tensor, y: Tensor, below: Below) -> Below:
-    """Return a function that knows its value for x."""
-    return lambda wanted: y if wanted is x else below(wanted)
+def _known(x: Tensor, y: Tensor, below: Product) -> Product:
+    """Return a product that knows its value for x."""
+    return Called(lambda wanted: y if wanted is x else below(wanted))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as dense_linear
 
 from nf4.adapters.layer import AdaptedLayer
-from nf4.adapters.term import Base, Term, compute
+from nf4.adapters.term import Base, Called, Term, base_of, compute
 from nf4.layers.linear import LinearNF4, does_more
 
 PARTS = ("gate_up_proj", "down_proj")
@@ -120,7 +120,7 @@ class ExpertsNF4(nn.Module):
             y: Tensor = layer(x)
             return y
         base = layer_product(layer)
-        return compute(x, base, terms, layer if does_more(layer) else None)
+        return compute(x, base, terms, Called(layer) if does_more(layer) else None)
 
     @torch.no_grad()
     def merge(self, part: str, terms: Sequence["ExpertTerm"]) -> None:
@@ -186,7 +186,7 @@ def layer_product(layer: Any) -> Base:
     """Return the product of an expert's layer without adapters, in four bits or dense."""
     while hasattr(layer, "get_base_layer"):  # PEFT's
         layer = layer.get_base_layer()
-    return layer.base() if isinstance(layer, AdaptedLayer) else Base(layer.weight)
+    return layer.base() if isinstance(layer, AdaptedLayer) else base_of(layer.weight)
 
 
 def _weight(layer: Any) -> Tensor:

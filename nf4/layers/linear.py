@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from nf4.adapters.layer import AdaptedLayer, check_adapter_name
 from nf4.adapters.lora import LoRA, check_lora_options
-from nf4.adapters.term import Base, Folded
+from nf4.adapters.term import Base, Folded, QuantizedBase
 from nf4.functional import dequantize, multiply, quantize, to_fragments, to_rows
 from nf4.layers.module import QuantizedModule
 from nf4.ops import replay
@@ -256,7 +256,7 @@ class LinearNF4(QuantizedModule):
 
     def base(self) -> Base:
         """Return x W^T + bias on the 4-bit weight."""
-        return Base(self.held(), self.bias, self.replays())
+        return QuantizedBase(self.held(), self.bias, self.replays())
 
     def _again(
         self, x: Tensor, others: tuple[Tensor | None, ...], scaling: float | None = None

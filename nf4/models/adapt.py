@@ -10,7 +10,7 @@ from torch import nn
 
 from nf4.adapters.layer import AdaptedLayer, BaseChange, adapted_layers, check_adapter_name
 from nf4.adapters.lora import LoRA
-from nf4.adapters.term import Adapter, Base
+from nf4.adapters.term import Adapter, Base, base_of
 from nf4.layers.dense import AdaptedDense
 from nf4.layers.experts import ExpertsNF4, is_experts
 from nf4.layers.linear import AdaptedLinearNF4, LinearNF4, QLoRALinear, dense_weight
@@ -217,7 +217,7 @@ def layer_base(layer: nn.Module) -> Base:
     if isinstance(layer, AdaptedLayer):
         return layer.base()
     bias: Any = layer.bias
-    return Base(layer.weight if isinstance(layer, LinearNF4) else dense_weight(layer), bias)
+    return base_of(layer.weight if isinstance(layer, LinearNF4) else dense_weight(layer), bias)
 
 
 def with_adapter(layer: nn.Module, adapter_name: str, adapter: Adapter) -> AdaptedLayer:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nf4.adapters.factors import OutputFactor
 from nf4.adapters.layer import AdaptedLayer
-from nf4.adapters.term import Base
+from nf4.adapters.term import base_of
 from nf4.functional import dequantize, quantize, scales_of, to_rows
 from nf4.layers.embedding import EmbeddingNF4
 from nf4.layers.experts import ExpertsNF4
@@ -156,7 +156,7 @@ def _check_replaceable(layers: dict[str, Any]) -> None:
 
 def _dense_error(name: str, layer: Any) -> MergeError:
     exact = layer.exact_merged_weight()
-    base = layer.base() if isinstance(layer, AdaptedLayer) else Base(layer.weight)
+    base = layer.base() if isinstance(layer, AdaptedLayer) else base_of(layer.weight)
     return merge_error(name, base.dense(), exact, exact.to(layer.dtype))
 
 

@@ -11,7 +11,7 @@ from peft.tuners.ia3.layer import IA3Layer
 from torch import Tensor, nn
 
 from nf4.adapters.factors import InputFactor, OutputFactor
-from nf4.adapters.term import Base, Term, compute, fold
+from nf4.adapters.term import Term, base_of, compute, fold
 from nf4.integrations.peft.merged import MergedBesideBase
 
 
@@ -97,7 +97,7 @@ class NF4IA3Linear(MergedBesideBase, nn.Module, IA3Layer):  # type: ignore[misc]
         if not names:
             return
         terms = self._terms([*self.merged_adapters, *names])
-        self._hold_merged(fold(Base(self.base.weight), terms)[0], names, safe_merge)
+        self._hold_merged(fold(base_of(self.base.weight), terms)[0], names, safe_merge)
 
     def __repr__(self) -> str:
         """Name the layer as PEFT names its own."""

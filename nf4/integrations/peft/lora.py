@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from nf4.adapters.lora import LoRATerm, weight_norm
-from nf4.adapters.term import Base, compute, compute_mixed, fold
+from nf4.adapters.term import base_of, compute, compute_mixed, fold
 from nf4.integrations.peft.merged import MergedBesideBase
 from nf4.models.merge import MergeError, merge_error
 from nf4.models.starts import initialize
@@ -179,7 +179,7 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
     def exact_merged_weight(self) -> Tensor:
         """Return the dense weight with the active adapters, before it is rounded: float32."""
         active = [self._adapter(name) for name in self.active_adapters if name in self.lora_A]
-        return fold(Base(self.base.weight), active)[0]
+        return fold(base_of(self.base.weight), active)[0]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s * B @ A, float32 ``[out_features, in_features]``."""
@@ -201,7 +201,7 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         if not names:
             return
         adapters = [self._adapter(name) for name in (*self.merged_adapters, *names)]
-        product = Base(self.base.weight)
+        product = base_of(self.base.weight)
         exact, _ = fold(product, adapters)
         merged = self._hold_merged(exact, names, safe_merge)
         self.merge_error = merge_error("", product.dense(), exact, merged)

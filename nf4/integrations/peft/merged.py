@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from nf4.adapters.term import Called
 from nf4.layers.linear import LinearNF4, does_more
 
 
@@ -24,9 +25,9 @@ class MergedBesideBase:
         layer: LinearNF4 = self.get_base_layer()
         return layer
 
-    def _below(self) -> nn.Module | None:
+    def _below(self) -> Called | None:
         """Return the layer beneath if it has to be called: it does more than its product."""
-        return self.base_layer if does_more(self.base_layer) else None
+        return Called(self.base_layer) if does_more(self.base_layer) else None
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

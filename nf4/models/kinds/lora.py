@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nf4.adapters.layer import AdaptedLayer, BaseChange
 from nf4.adapters.lora import LoRA, check_lora_options, lora_scaling
-from nf4.adapters.term import Base
+from nf4.adapters.term import base_of
 from nf4.layers.linear import LinearNF4
 from nf4.models.adapt import (
     check_bias,
@@ -100,8 +100,8 @@ def add_lora(
         start = initialize(str(kind), base.weight, dense, r, scaling)
         if kind == "pissa":
             layer = LinearNF4.from_weight(start.q, base.bias).take_after(layer)
-        adapter = LoRA(Base(start.q), **options)
-        adapter.start_from(Base(start.q), start.lora_A, start.lora_B)
+        adapter = LoRA(base_of(start.q), **options)
+        adapter.start_from(base_of(start.q), start.lora_A, start.lora_B)
         new = with_adapter(layer, adapter_name, adapter)
         if kind == "pissa":
             new.base_change = BaseChange(str(kind), r, original is not None, adapter_name)
