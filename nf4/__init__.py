@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from nf4.error.activations import collect_activation_stats
     from nf4.error.measured import model_error, quantization_error
     from nf4.error.theory import expected_error
-    from nf4.files.checkpoint import load_adapter, save_adapter
+    from nf4.files.checkpoint import save_adapter
     from nf4.files.export import export_checkpoint
+    from nf4.files.loading import load_adapter
     from nf4.files.stream import quantize_checkpoint
 
 __version__ = "0.1.0"
@@ -82,7 +83,7 @@ _LATER = {
     "collect_activation_stats": "nf4.error.activations",
     "expected_error": "nf4.error.theory",
     "export_checkpoint": "nf4.files.export",
-    "load_adapter": "nf4.files.checkpoint",
+    "load_adapter": "nf4.files.loading",
     "model_error": "nf4.error.measured",
     "quantization_error": "nf4.error.measured",
     "quantize_checkpoint": "nf4.files.stream",

@@ -1,5 +1,6 @@
-"""The two files of an adapter, read and written; what they mean, nf4/files/checkpoint.py knows.
+"""The two files of an adapter, read and written.
 
+What goes there nf4/files/checkpoint.py knows, and where what was read goes nf4/files/loading.py.
 ``adapter_config.json`` holds its options, ``adapter_model.safetensors`` tensors called
 ``base_model.model.<module>.<part>``; which parts there are is the kind's to say.
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
@@ -26,6 +27,55 @@ PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
+class AdapterFile:
+    """An adapter's two files, read, and right in themselves; what they fit is asked later.
+
+    Attributes:
+        folder: where they are.
+        config: of ``adapter_config.json``, checked by the kind.
+        kind: of the adapter.
+        tensors: of each module by the ends of their names.
+        biases: by name.
+        metadata: what the weights' file says beside its tensors.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    kind: type[Adapter]
+    tensors: dict[str, dict[str, Tensor]]
+    biases: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> "AdapterFile":
+        """Read both files.
+
+        Raises:
+            FileNotFoundError: one of them is missing.
+            ValueError: one is corrupt, or holds no adapter of a kind known here.
+        """
+        config, kind = _read_config(folder / CONFIG_NAME)
+        file = folder / WEIGHTS_NAME
+        return cls(folder, config, kind, *_read_tensors(file, kind), _read_metadata(file))
+
+    @property
+    def weights(self) -> Path:
+        """The file of tensors, for messages."""
+        return self.folder / WEIGHTS_NAME
+
+    @property
+    def bias(self) -> str:
+        """Which biases train beside the adapter."""
+        bias: str = self.config.get("bias") or "none"
+        return bias
+
+
+def file_name(name: str) -> str:
+    """Return a module's name without the parts that torch.compile adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+@dataclass(frozen=True)
 class AdapterFiles:
     """What is written of one adapter.
 
@@ -46,7 +96,7 @@ class AdapterFiles:
         write_file(folder / CONFIG_NAME, json.dumps(self.config, indent=2) + "\n")
 
 
-def read_config(file: Path) -> tuple[dict[str, Any], type[Adapter]]:
+def _read_config(file: Path) -> tuple[dict[str, Any], type[Adapter]]:
     """Return a file's config and the kind of its adapter."""
     if not file.is_file():
         raise FileNotFoundError(
@@ -65,7 +115,7 @@ def read_config(file: Path) -> tuple[dict[str, Any], type[Adapter]]:
     return config, kind
 
 
-def read_tensors(
+def _read_tensors(
     file: Path, kind: type[Adapter]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Return adapters' tensors by module and by the end of their name, and biases by name."""
@@ -100,7 +150,7 @@ def read_tensors(
     return modules, biases
 
 
-def read_metadata(file: Path) -> dict[str, str]:
+def _read_metadata(file: Path) -> dict[str, str]:
     """Return what the weights' file says beside its tensors."""
     with safe_open(file, framework="pt") as opened:
         return dict(opened.metadata() or {})

@@ -16,7 +16,8 @@ from torch import nn
 
 from nf4.commands.demo import plots
 from nf4.error.measured import LayerError, model_error, perplexity
-from nf4.files.checkpoint import load_adapter, save_adapter
+from nf4.files.checkpoint import save_adapter
+from nf4.files.loading import load_adapter
 from nf4.models.kinds.lora import add_lora
 from nf4.models.merge import merge
 from nf4.models.quantize import quantize_model, quantized_layers

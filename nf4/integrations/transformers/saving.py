@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from nf4.adapters.layer import AdaptedLayer, adapted_layers
 from nf4.files.adapters import CONFIG_NAME, AdapterFiles
 from nf4.files.card import add_card
-from nf4.files.checkpoint import adapter_files, restore_adapter
+from nf4.files.checkpoint import adapter_files
+from nf4.files.loading import restore_adapter
 from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.host import settle
 from nf4.integrations.transformers.quantizer import NF4Quantizer
