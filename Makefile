@@ -41,7 +41,7 @@ notebooks: $(READY)
 
 # With the Python at hand and what it has: a machine with a GPU may have no network
 gpu:
-	$(PYTHON) bench/gpu_day.py $(ARGS)
+	$(PYTHON) bench/gpu_day/gpu_day.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)

@@ -25,6 +25,9 @@ setup(
         "nf4.tools",
         "nf4.kernels",
         "nf4.bench",
+        "nf4.bench.harness",
+        "nf4.bench.model",
+        "nf4.bench.gpu_day",
     ],
     package_dir={"nf4": "nf4", "nf4.kernels": "kernels", "nf4.bench": "bench"},
 )

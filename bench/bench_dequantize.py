@@ -11,8 +11,8 @@ from functools import partial
 import torch
 
 import nf4
-from nf4.bench import cases, peers
-from nf4.bench.measure import Function
+from nf4.bench.harness import cases, peers
+from nf4.bench.harness.measure import Function
 from nf4.reference import dequantize as reference
 from nf4.tensor import fits_fragments
 

@@ -11,8 +11,8 @@ from functools import partial
 import torch
 
 import nf4
-from nf4.bench import cases
-from nf4.bench.measure import Function
+from nf4.bench.harness import cases
+from nf4.bench.harness.measure import Function
 from nf4.error.exact import product
 from nf4.tools.terms import LowRank
 

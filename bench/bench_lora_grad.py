@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nf4.bench import adapters, cases
+from nf4.bench.harness import adapters, cases
 from nf4.error import exact
 
 TITLE = "lora_grad"

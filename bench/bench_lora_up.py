@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nf4.bench import adapters, cases
+from nf4.bench.harness import adapters, cases
 from nf4.error import exact
 
 TITLE = "lora_up"

@@ -6,7 +6,7 @@ python bench/bench_matmul.py --help
 import sys
 from collections.abc import Iterator
 
-from nf4.bench import cases, products
+from nf4.bench.harness import cases, products
 
 TITLE = "linear"
 DEFAULTS = cases.Options(

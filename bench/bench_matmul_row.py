@@ -6,7 +6,7 @@ python bench/bench_matmul_row.py --help
 import sys
 from collections.abc import Iterator
 
-from nf4.bench import cases, products
+from nf4.bench.harness import cases, products
 
 TITLE = "linear, one or two rows"
 DEFAULTS = cases.Options(shapes=[(1024, 1024), (4096, 4096)], rows=[1, 2], dtypes=["bf16", "fp32"])

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import nf4
-from nf4.bench import cases, peers
-from nf4.bench.measure import Function
+from nf4.bench.harness import cases, peers
+from nf4.bench.harness.measure import Function
 from nf4.error import exact
 from nf4.tools.cost import weight_bytes
 

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from nf4.bench import cases
-from nf4.bench.measure import Function
+from nf4.bench.harness import cases
+from nf4.bench.harness.measure import Function
 from nf4.reference import quantize_absmax as reference
 
 TITLE = "quantize_absmax"

@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import partial
 
 import nf4
-from nf4.bench import cases
-from nf4.bench.measure import Function
+from nf4.bench.harness import cases
+from nf4.bench.harness.measure import Function
 from nf4.reference import repack as reference
 
 TITLE = "repack"

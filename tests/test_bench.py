@@ -14,10 +14,10 @@ import torch
 
 import nf4
 import nf4.commands.cli
-from nf4.bench import ceilings, footprint, measure, peers, results, run
-from nf4.bench import request as requests
-from nf4.bench.cases import Case, Options
-from nf4.bench.measure import Timing
+from nf4.bench.harness import ceilings, footprint, measure, peers, results, run
+from nf4.bench.harness import request as requests
+from nf4.bench.harness.cases import Case, Options
+from nf4.bench.harness.measure import Timing
 from nf4.commands.cli import main
 
 triton = pytest.importorskip("triton", reason="nf4's kernels need Triton")
@@ -134,7 +134,7 @@ def test_bench_times_bitsandbytes(bench, bnb) -> None:
 
 
 def test_importing_bitsandbytes_prints_nothing() -> None:
-    code = "from nf4.bench import peers; print(peers.bitsandbytes().__name__)"
+    code = "from nf4.bench.harness import peers; print(peers.bitsandbytes().__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("bitsandbytes\n", "")
 
@@ -435,7 +435,7 @@ def test_pytest_benchmark_runs_the_same(tmp_path) -> None:
 
 
 def test_modelled_figures_are_the_committed_ones(capsys) -> None:
-    runpy.run_path(str(BENCH / "modelled.py"), run_name="__main__")
+    runpy.run_path(str(BENCH / "harness" / "modelled.py"), run_name="__main__")
     page = capsys.readouterr().out
     assert page.startswith("# Modelled for an H200, not measured\n")
     committed = (BENCH / "results" / "modelled-h200.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import nf4
-from nf4.bench import render, summary
+from nf4.bench.harness import render, summary
 from nf4.commands.cli import main
 from nf4.commands.comparison import methods, one, plots, report, run
 from nf4.commands.comparison.methods import METHODS

@@ -310,7 +310,7 @@ def test_cpu_few_rows_never_write_the_weight(monkeypatch) -> None:
 
 PEAK = """
 import json, sys, torch, nf4
-from nf4.bench.footprint import cpu_peak
+from nf4.bench.harness.footprint import cpu_peak
 from nf4.cpu import plan
 dtype, units = getattr(torch, sys.argv[1]), sys.argv[2] == "bf16"
 m, n, k = (int(size) for size in sys.argv[3:])

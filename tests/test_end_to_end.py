@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import nf4
-from nf4.bench import contenders, end_to_end, llama, smollm2
-from nf4.bench import end_to_end_run as runs
+from nf4.bench.model import contenders, end_to_end, llama, smollm2
+from nf4.bench.model import end_to_end_run as runs
 
 TINY = llama.Options("tiny", "cpu", rounds=1, length=64, new_tokens=2)
 NAMES = ["dense", "bitsandbytes", "nf4"]

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
-from nf4.bench import graphs
+from nf4.bench.harness import graphs
 
 
 def test_graphs_times_every_contender_and_writes_after_each_case(

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
 import nf4
-from nf4.bench import host_cost
+from nf4.bench.harness import host_cost
 
 # Functions that a call enters, of Python and built in, once warm: what the host's time is made of,
 # and the same on every machine. A few more than are counted today, for other versions of Python.
@@ -30,7 +30,9 @@ BUDGETS = {
 
 def test_small_calls_enter_few_functions() -> None:
     # In a process of its own: coverage traces this one, and its new memory is filled
-    code = "import json; from nf4.bench import host_cost; print(json.dumps(host_cost.counts()))"
+    code = (
+        "import json; from nf4.bench.harness.host_cost import counts; print(json.dumps(counts()))"
+    )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
 import nf4
-from nf4.bench.pretended import counts, pretended_gpu
+from nf4.bench.harness.pretended import counts, pretended_gpu
 from nf4.gpu.plan import always
 from nf4.kernels import _launch
 from nf4.ops import replay

@@ -106,7 +106,8 @@ def _check_fits(options: argparse.Namespace, mode: str | None) -> None:
 def _measure(options: argparse.Namespace) -> int:
     from nf4.tools.progress import progress_bar
 
-    run, requests = import_module("nf4.bench.run"), import_module("nf4.bench.request")
+    run = import_module("nf4.bench.harness.run")
+    requests = import_module("nf4.bench.harness.request")
     names = ("ops", "shapes", "model", "rows", "ranks", "dtypes", "device", "threads", "rounds")
     request = requests.Request(**{name: getattr(options, name) for name in names})
     if options.plot is not None:
@@ -118,9 +119,9 @@ def _measure(options: argparse.Namespace) -> int:
     if options.json:
         sys.stdout.write(found.to_json())
     elif found.sections:
-        sys.stdout.write(import_module("nf4.bench.render").run_page(found))
+        sys.stdout.write(import_module("nf4.bench.harness.render").run_page(found))
     if options.plot is not None:
-        for path in import_module("nf4.bench.plots").draw(found, Path(options.plot)):
+        for path in import_module("nf4.bench.harness.plots").draw(found, Path(options.plot)):
             sys.stderr.write(f"{path}\n")
     if outcome.disturbed:
         sys.stderr.write(
@@ -137,7 +138,7 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    compare = import_module("nf4.bench.compare")
+    compare = import_module("nf4.bench.harness.compare")
     changes = compare.compare(*map(Path, options.compare))
     if options.json:
         sys.stdout.write(json.dumps([asdict(c) for c in changes], ensure_ascii=False) + "\n")
@@ -147,8 +148,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _render(options: argparse.Namespace) -> int:
-    path = import_module("nf4.bench.render").write_page()
-    import_module("nf4.bench.summary").write_readme()
+    path = import_module("nf4.bench.harness.render").write_page()
+    import_module("nf4.bench.harness.summary").write_readme()
     sys.stdout.write(json.dumps(str(path)) + "\n" if options.json else f"{path}\n")
     return 0
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nf4
-from nf4.bench.contenders import computing_in
+from nf4.bench.model.contenders import computing_in
 from nf4.losses import consistency_loss
 
 # For "float32" weights that stay dense are in fp32, and products too; for "bfloat16" both are in

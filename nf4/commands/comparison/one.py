@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import nf4
-from nf4.bench.circumstances import circumstances
-from nf4.bench.footprint import cpu_peak, gpu_peak
+from nf4.bench.harness.circumstances import circumstances
+from nf4.bench.harness.footprint import cpu_peak, gpu_peak
 from nf4.commands.comparison.methods import DTYPES, METHODS, Method, Objective
 from nf4.commands.demo.run import model_bytes
 from nf4.error.measured import perplexity
@@ -73,7 +73,7 @@ class Found:
     """What was measured of a method; None for what there is not without training.
 
     Attributes:
-        around: circumstances, see `nf4.bench.circumstances`.
+        around: circumstances, see `nf4.bench.harness.circumstances`.
         batches: SHA-256 of the tokens trained on, in their order, as hexadecimal digits.
         held_out_tokens: on which perplexity is measured.
         lr: peak learning rate.

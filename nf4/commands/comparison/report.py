@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nf4.bench.markdown import heading, table
+from nf4.bench.harness.markdown import heading, table
 from nf4.commands.comparison.methods import METHODS
 
 FORMAT = "nf4-compare-1"

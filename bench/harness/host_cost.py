@@ -5,7 +5,7 @@ driver's own call is missing. On a GPU the driver's call counts too. Beside them
 does: launches, PyTorch's operators, allocations; a step of training for each layer of a stack; and
 what comes once: importing nf4, and the first product.
 
-python bench/host_cost.py
+python bench/harness/host_cost.py
 """
 
 import argparse
@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 import nf4
-from nf4.bench import pretended
-from nf4.bench.circumstances import circumstances
-from nf4.bench.markdown import heading, table
+from nf4.bench.harness import pretended
+from nf4.bench.harness.circumstances import circumstances
+from nf4.bench.harness.markdown import heading, table
 from nf4.gpu.plan import always
 from nf4.tools.paths import write_file
 

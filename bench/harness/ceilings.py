@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nf4.bench.cases import DTYPES, copy_of
-from nf4.bench.measure import Function, cpu_cache, interleaved
+from nf4.bench.harness.cases import DTYPES, copy_of
+from nf4.bench.harness.measure import Function, cpu_cache, interleaved
 
 GPU_COPY = 1 << 31  # bytes read and written together
 CPU_COPY = 1 << 28

@@ -5,19 +5,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from nf4.bench import results
-from nf4.bench.circumstances import FOLDER
-from nf4.bench.markdown import table
-from nf4.bench.results import Results, Row, Section
+from nf4.bench.harness import results
+from nf4.bench.harness.circumstances import FOLDER
+from nf4.bench.harness.markdown import table
+from nf4.bench.harness.results import Results, Row, Section
 from nf4.tools.paths import write_file
 
 PAGE = FOLDER / "README.md"
 # Whose function `tables` makes Markdown of the files of a format
 MODULES = {
-    "nf4-end-to-end-1": "nf4.bench.end_to_end",
-    "nf4-smollm2-1": "nf4.bench.smollm2",
-    "nf4-host-cost-2": "nf4.bench.host_cost",
-    "nf4-graphs-1": "nf4.bench.graphs",
+    "nf4-end-to-end-1": "nf4.bench.model.end_to_end",
+    "nf4-smollm2-1": "nf4.bench.model.smollm2",
+    "nf4-host-cost-2": "nf4.bench.harness.host_cost",
+    "nf4-graphs-1": "nf4.bench.harness.graphs",
     "nf4-compare-1": "nf4.commands.comparison.report",
 }
 HEAD = """\

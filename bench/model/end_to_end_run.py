@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4.bench import contenders
-from nf4.bench.llama import Options, make_model, plain_products, tokens
+from nf4.bench.model import contenders
+from nf4.bench.model.llama import Options, make_model, plain_products, tokens
 from nf4.tools.training import trainable
 
 LEARNING_RATE = 1e-4

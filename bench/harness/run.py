@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from nf4.bench import results
-from nf4.bench.cases import Case, MismatchError, Options, relative_error
-from nf4.bench.ceilings import Ceilings, measure_ceilings
-from nf4.bench.circumstances import circumstances, device_name
-from nf4.bench.measure import Function, interleaved
-from nf4.bench.request import Request
+from nf4.bench.harness import results
+from nf4.bench.harness.cases import Case, MismatchError, Options, relative_error
+from nf4.bench.harness.ceilings import Ceilings, measure_ceilings
+from nf4.bench.harness.circumstances import circumstances, device_name
+from nf4.bench.harness.measure import Function, interleaved
+from nf4.bench.harness.request import Request
 from nf4.tools.cost import device_of
 
 # A result that is no result: formats of 4 bits lie 0.1 from a dense weight, and nearer each other

@@ -3,7 +3,7 @@
 Quantize the model, score windows of Wikipedia, take a QLoRA training step, and decode; each is
 timed by the clock and in CPU time, after both results were held against each other.
 
-python bench/smollm2.py --rounds 5 --windows 4 --out found.json
+python bench/model/smollm2.py --rounds 5 --windows 4 --out found.json
 """
 
 import argparse
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nf4.bench import contenders
-from nf4.bench.circumstances import circumstances
-from nf4.bench.markdown import heading, table
+from nf4.bench.harness.circumstances import circumstances
+from nf4.bench.harness.markdown import heading, table
+from nf4.bench.model import contenders
 from nf4.error.measured import perplexity
 from nf4.models.quantize import quantized_layers
 from nf4.tools import samples

@@ -5,7 +5,7 @@ reads memory; its median time over the calls is a row. Products come in the numb
 decide between kernels, with what the plan chooses beside dense products, dequantize and the
 library, and bitsandbytes if it is installed. The file is written after every case.
 
-python bench/graphs.py --out bench/results/kernels-h200.json --limit 60
+python bench/harness/graphs.py --out bench/results/kernels-h200.json --limit 60
 """
 
 import argparse
@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 import nf4
-from nf4.bench import peers
-from nf4.bench.circumstances import circumstances
-from nf4.bench.markdown import heading, table
+from nf4.bench.harness import peers
+from nf4.bench.harness.circumstances import circumstances
+from nf4.bench.harness.markdown import heading, table
 from nf4.tools.cost import device_of, linear_limit_seconds, weight_bytes
 from nf4.tools.paths import write_file
 from nf4.tools.shapes import parse_shape

@@ -5,7 +5,7 @@ autocast to 16 bits), and tokens per second of greedy decoding after a prompt of
 own pass is not counted. Each contender runs in a process of its own, from the same random weights;
 if all fit in memory together they take turns, round by round, otherwise they run one after another.
 
-python bench/end_to_end.py --size auto --out found.json
+python bench/model/end_to_end.py --size auto --out found.json
 """
 
 import argparse
@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from nf4.bench import contenders
-from nf4.bench.circumstances import circumstances
-from nf4.bench.end_to_end_run import PROMPT, Check, Child, ContenderError
-from nf4.bench.llama import SIZES, Options, free_bytes, largest_size, needed_bytes
-from nf4.bench.markdown import heading, table
+from nf4.bench.harness.circumstances import circumstances
+from nf4.bench.harness.markdown import heading, table
+from nf4.bench.model import contenders
+from nf4.bench.model.end_to_end_run import PROMPT, Check, Child, ContenderError
+from nf4.bench.model.llama import SIZES, Options, free_bytes, largest_size, needed_bytes
 from nf4.tools.paths import write_file
 from nf4.tools.progress import Progress, progress_bar, steps
 

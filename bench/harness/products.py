@@ -6,8 +6,8 @@ from functools import partial
 from torch import Tensor
 
 import nf4
-from nf4.bench import cases, peers
-from nf4.bench.measure import Function
+from nf4.bench.harness import cases, peers
+from nf4.bench.harness.measure import Function
 from nf4.error import exact
 from nf4.tensor import fits_fragments
 from nf4.tools.cost import weight_bytes

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nf4.bench.ceilings import Ceilings
-from nf4.bench.circumstances import FOLDER, slug
-from nf4.bench.measure import Timing
+from nf4.bench.harness.ceilings import Ceilings
+from nf4.bench.harness.circumstances import FOLDER, slug
+from nf4.bench.harness.measure import Timing
 from nf4.tools.paths import write_file
 
 FORMAT = "nf4-bench-1"
@@ -45,7 +45,7 @@ class Section:
 
     Attributes:
         title: of the op.
-        circumstances: see `nf4.bench.circumstances`.
+        circumstances: see `nf4.bench.harness.circumstances`.
         ceilings: of the same run.
         options: what was asked for, after defaults.
         rows: one a case.

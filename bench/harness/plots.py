@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from nf4.bench.circumstances import slug
-from nf4.bench.results import Results, Row
+from nf4.bench.harness.circumstances import slug
+from nf4.bench.harness.results import Results, Row
 from nf4.tools.figures import COLORS, figure
 
 MARKERS = "osD^vP*X"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nf4.bench import footprint
+from nf4.bench.harness import footprint
 
 Function = Callable[[], Any]
 WARM_UP = 2  # rounds that are not counted

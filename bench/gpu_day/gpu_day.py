@@ -5,7 +5,7 @@ they are installed: see gpu_stages.py. Needs a checkout and a Python with PyTorc
 else is missing is left out, with the reason. Each stage is a process with a limit of time; no stage
 stops another. The folder's summary.md and summary.json are written anew before and after each.
 
-make gpu                                          # or: python bench/gpu_day.py
+make gpu                                          # or: python bench/gpu_day/gpu_day.py
 make gpu ARGS="--stages verify tune --out found"  # some stages, another folder
 make gpu ARGS="--device cpu" PYTHON=.venv/bin/python  # a trial without a GPU, at tiny sizes
 """

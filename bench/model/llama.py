@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import nf4
-from nf4.bench import contenders
+from nf4.bench.model import contenders
 from nf4.models.quantize import quantized_layers
 
 R, LORA_ALPHA = 16, 32

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from nf4.bench import run
-from nf4.bench.cases import DEVICE, Case, Options
-from nf4.bench.measure import Function, empty_cache
-from nf4.bench.request import OPS
+from nf4.bench.harness import run
+from nf4.bench.harness.cases import DEVICE, Case, Options
+from nf4.bench.harness.measure import Function, empty_cache
+from nf4.bench.harness.request import OPS
 
 ROUNDS = 10
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nf4.bench import cases
+from nf4.bench.harness import cases
 from nf4.tools.terms import Dropout
 
 DEFAULTS = cases.Options(shapes=[(512, 512)], rows=[64], ranks=[16, 64])

@@ -4,7 +4,7 @@ A launch takes its bytes over the bandwidth of a copy, its flops over the throug
 product, or its instructions over what the multiprocessors issue, whichever is most. The products
 are modelled as nf4.explain does. Instructions come from the compiled kernels.
 
-python bench/modelled.py > bench/results/modelled-h200.md
+python bench/harness/modelled.py > bench/results/modelled-h200.md
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from nf4.bench.markdown import table
+from nf4.bench.harness.markdown import table
 from nf4.gpu.plan import Asked, chosen
 from nf4.kernels import _aot, _report
 from nf4.tools import cost
@@ -84,7 +84,7 @@ def steps() -> Iterator[list[str]]:
                 plain = launch(weight)
                 forward = x_pass + merge + gemm
                 backward = dy_pass + x_pass + merge + gemm
-                # The hand-written sequence of bench/peers.py: addmm reads and writes its sum
+                # The hand-written sequence of bench/harness/peers.py: addmm reads and writes sums
                 peer = plain + gemm + x_pass + launch(4 * m * n + 2 * m * r, 2 * m * n * r)
                 peer += plain + gemm + 3 * dy_b + 2 * x_pass
                 peer += launch(4 * m * k + 2 * m * r, 2 * m * k * r)
@@ -111,8 +111,8 @@ def report() -> str:
         [
             "# Modelled for an H200, not measured",
             "",
-            "No GPU was available when this was written by `python bench/modelled.py`. The model",
-            f"of an H200: {H200.bandwidth / 1e12} TB/s, {H200.flops / 1e12:.0f} TFLOP/s of bf16,",
+            "No GPU was available when this was written by `python bench/harness/modelled.py`.",
+            f"Of an H200: {H200.bandwidth / 1e12} TB/s, {H200.flops / 1e12:.0f} TFLOP/s of bf16,",
             f"{H200.sms} multiprocessors at {H200.clock / 1e9} GHz; every launch at full bandwidth",
             "or throughput; the product kernels at 85 % of what their busiest unit could do.",
             f"Instructions as compiled by Triton {triton.__version__} for sm_90.",
@@ -129,7 +129,7 @@ def report() -> str:
             ),
             "## QLoRA layer, bf16, no dropout",
             "",
-            "Last: the hand-written sequence of bench/peers.py, forward and backward.",
+            "Last: the hand-written sequence of bench/harness/peers.py, forward and backward.",
             "",
             *table(
                 ["W", "r", "M", "forward limit µs", "ours", "backward limit µs", "ours"]

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from nf4.bench.cases import DEVICE, DTYPES, Options
-from nf4.bench.circumstances import FOLDER
+from nf4.bench.harness.cases import DEVICE, DTYPES, Options
+from nf4.bench.harness.circumstances import FOLDER
 from nf4.tools.shapes import MODELS
 
 OPS = tuple(sorted(file.stem.removeprefix("bench_") for file in FOLDER.glob("bench_*.py")))
@@ -23,7 +23,7 @@ class Request:
         model: a key of `nf4.tools.shapes.MODELS`, in place of shapes.
         rows: of x, M.
         ranks: of the adapter.
-        dtypes: names of `nf4.bench.cases.DTYPES`.
+        dtypes: names of `nf4.bench.harness.cases.DTYPES`.
         device: "cuda", "cuda:1", "cpu"; a GPU by default, if there is one.
         threads: of a CPU.
         rounds: calls of each function; None for 20, or fewer where they are slow.

@@ -5,11 +5,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nf4.bench import graphs, results, smollm2
-from nf4.bench.circumstances import FOLDER
-from nf4.bench.markdown import table
-from nf4.bench.render import MODULES
-from nf4.bench.results import Results, Row
+from nf4.bench.harness import graphs, results
+from nf4.bench.harness.circumstances import FOLDER
+from nf4.bench.harness.markdown import table
+from nf4.bench.harness.render import MODULES
+from nf4.bench.harness.results import Results, Row
+from nf4.bench.model import smollm2
 from nf4.tools.paths import write_file
 
 README = FOLDER.parent / "README.md"

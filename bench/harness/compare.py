@@ -4,8 +4,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from nf4.bench.measure import Timing
-from nf4.bench.results import Results, Row, read
+from nf4.bench.harness.measure import Timing
+from nf4.bench.harness.results import Results, Row, read
 
 # Beyond the spread: this share of the old 80th percentile, and what GPU events resolve
 SHARE, RESOLUTION = 0.03, 0.5  # microseconds

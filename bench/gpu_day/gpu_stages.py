@@ -18,7 +18,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 520  # less than nine minutes, with what it takes to end the last stage
 # Seconds of those, and what is done. Tests and verify run beside each other, and so do the two
 # checkers: none of them takes times, and most of what they do is compiling.
@@ -75,8 +75,8 @@ def plan(folder: Path, device: str) -> list[Stage]:
         device: "cuda", or "cpu" for a trial at tiny sizes.
     """
     gpu = device == "cuda"
-    costs = script("host_cost.py")
-    machine = script("gpu_parts.py", "environment")
+    costs = script("harness/host_cost.py")
+    machine = script("gpu_day/gpu_parts.py", "environment")
     check = nf4("verify", "--device", device, "--json")
     return [
         Stage(
@@ -190,7 +190,7 @@ def _benchmarks(folder: Path, gpu: bool) -> list[Stage]:
     if not gpu:
         options += ["--shapes", "64x128", "--rounds", "1"]
     seconds = share("benchmarks") / (1 + len(names))
-    draw = script("gpu_parts.py", "draw", str(out), str(folder / "plots"))
+    draw = script("gpu_day/gpu_parts.py", "draw", str(out), str(folder / "plots"))
     reason = "" if find_spec("matplotlib") is not None else "matplotlib is not installed"
     stages = []
     for name in names:
@@ -214,7 +214,7 @@ def _end_to_end(folder: Path, gpu: bool) -> list[Stage]:
     stages = []
     for size, part in (("1b", 0.4), ("auto", 0.6)) if gpu else (("tiny", 1.0),):
         out = folder / f"end-to-end-{size}.json"
-        command = script("end_to_end.py", "--size", size, *few, "--out", str(out))
+        command = script("model/end_to_end.py", "--size", size, *few, "--out", str(out))
         seconds = part * share("end_to_end")
         found = partial(_trained, out)
         stages.append(Stage(f"end_to_end-{size}", command, seconds, found=found))
@@ -228,7 +228,7 @@ def _checkers(gpu: bool) -> list[Stage]:
     return [
         Stage(
             name,
-            [tool, "--tool", name, *options, *script("gpu_parts.py", "launch")],
+            [tool, "--tool", name, *options, *script("gpu_day/gpu_parts.py", "launch")],
             share(name),
             "checkers",
             # Out of bounds is beyond a tensor, not beyond what PyTorch holds

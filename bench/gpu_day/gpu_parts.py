@@ -1,8 +1,8 @@
 """The stages of a GPU day that no other command does.
 
-python bench/gpu_parts.py environment       # what the machine is, as JSON
-python bench/gpu_parts.py draw FILE FOLDER  # what `nf4 bench` measured, as pictures
-python bench/gpu_parts.py launch            # every operator, small: what compute-sanitizer looks at
+python bench/gpu_day/gpu_parts.py environment    # what the machine is, as JSON
+python bench/gpu_day/gpu_parts.py draw FILE FOLDER  # what `nf4 bench` measured, as pictures
+python bench/gpu_day/gpu_parts.py launch  # every operator, small: what compute-sanitizer looks at
 """
 
 import json
@@ -60,7 +60,7 @@ def _printed(*command: str) -> str | None:
 
 def draw(file: str, folder: str) -> list[str]:
     """Draw all measurements of a file together and return the names of the pictures."""
-    from nf4.bench import plots, results
+    from nf4.bench.harness import plots, results
 
     return [path.name for path in plots.draw(results.read(Path(file)), Path(folder))]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nf4.bench.measure import Function
+from nf4.bench.harness.measure import Function
 from nf4.error.roundoff import Exact
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # unless another is asked for
