@@ -179,8 +179,12 @@ def test_import_brings_in_few_modules_beside_torch(python, tmp_path) -> None:
 def test_every_kernel_has_its_reference_test_and_bench() -> None:
     ops = {p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_")}
     for op in ops:
-        for twin in (f"nf4/reference/{op}.py", f"tests/test_{op}.py", f"bench/bench_{op}.py"):
+        for twin in (
+            f"nf4/reference/{op}.py",
+            f"tests/kernels/test_{op}.py",
+            f"bench/bench_{op}.py",
+        ):
             assert (ROOT / twin).is_file(), twin
     references = {p.stem for p in (ROOT / "nf4/reference").glob("[a-z]*.py")}
     for op in references:
-        assert (ROOT / f"tests/test_{op}.py").is_file(), f"{op} has no test of its own"
+        assert list((ROOT / "tests").glob(f"*/test_{op}.py")), f"{op} has no test of its own"

@@ -34,7 +34,10 @@ GROUPS = {
     "racecheck": (40, "compute-sanitizer: races in shared memory"),
 }
 # Tests of what is put together from kernels
-LAYERS = ["gpu", "linear", "lora_linear", "layers", "embedding", "functional", "dispatch", "tune"]
+LAYERS = [
+    *("gpu/test_gpu", "gpu/test_tune", "ops/test_linear", "ops/test_lora_linear"),
+    *("ops/test_dispatch", "layers/test_layers", "layers/test_embedding", "test_functional"),
+]
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,14 @@ def script(name: str, *arguments: str) -> list[str]:
 def _tests(folder: Path, gpu: bool) -> list[Stage]:
     """Return the tests that launch kernels, and those of layers."""
     kernels = sorted(
-        path.name
-        for path in (ROOT / "tests").glob("test_*.py")
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
         if "@pytest.mark.kernel" in path.read_text(encoding="utf-8")
     )
-    layers = [f"test_{name}.py" for name in LAYERS]
+    layers = [f"tests/{name}.py" for name in LAYERS]
     interpret = {}
     if not gpu:
-        kernels, layers = ["test_repack.py"], ["test_linear.py"]
+        kernels, layers = ["tests/kernels/test_repack.py"], ["tests/ops/test_linear.py"]
         interpret = {"TRITON_INTERPRET": "1"}
     cores = os.cpu_count() or 1
     return [
@@ -130,9 +133,9 @@ def _test(
     folder: Path, name: str, files: list[str], marks: str, workers: int, more: Mapping[str, str]
 ) -> Stage:
     """Return pytest on those of the files whose imports are installed."""
-    lacking = {file: missing_imports(ROOT / "tests" / file) for file in files}
+    lacking = {file: missing_imports(ROOT / file) for file in files}
     without = [f"{file} left out: no {', '.join(no)}" for file, no in lacking.items() if no]
-    chosen = [f"tests/{file}" for file in files if not lacking[file]]
+    chosen = [file for file in files if not lacking[file]]
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", f"--junitxml={folder / name}.xml", "-m", marks]
     if find_spec("bitsandbytes") is None:

@@ -12,7 +12,7 @@ from torch import nn
 import nf4
 from nf4.adapters.layer import adapted_layers
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 # How each is added, its learning rate, and whether its base is in four bits. Random weights are so
 # small that factors beside one change little: they get a large rate.
 METHODS = {

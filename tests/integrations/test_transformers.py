@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 import nf4
 from nf4.integrations.transformers import NF4Config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OLDEST = ROOT / ".venv" / "transformers-5.17"
 TOKENS = torch.arange(12)[None]
 

@@ -22,7 +22,7 @@ from nf4.commands.cli import main
 
 triton = pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 CPU = torch.device("cpu")
 TINY = ["--device", "cpu", "--shapes", "3x64x128", "--ranks", "16", "--rounds", "1"]

@@ -11,7 +11,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPS = sorted(p.stem for p in (ROOT / "kernels").glob("[a-z]*.py"))
 OLDEST = ROOT / ".venv" / "triton-3.6"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,7 +45,7 @@ def run_tests(*arguments: str, **environment: str) -> None:
     assert "skipped" not in done.stdout and "passed" in done.stdout
 
 
-FILES = [f"tests/test_{op}.py" for op in OPS]
+FILES = [f"tests/kernels/test_{op}.py" for op in OPS]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs in the interpreter already")
@@ -74,4 +74,4 @@ def test_kernels_match_their_references_compiled_by_the_oldest_triton() -> None:
 @oldest
 def test_kernels_compile_with_the_oldest_triton() -> None:
     few = "compiles and (sm_90 or gfx942 and not matmul_small)"
-    run_tests("-k", few, "tests/test_compiled.py", PYTHONPATH=str(OLDEST))
+    run_tests("-k", few, "tests/kernels/test_compiled.py", PYTHONPATH=str(OLDEST))

@@ -13,7 +13,7 @@ from nf4.bench.harness.ceilings import Ceilings
 from nf4.bench.harness.measure import Timing
 from nf4.commands.cli import main
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 LIMITS = Ceilings(copy=1e10, products={"bf16": 1e11, "fp32": 1e11}, spread=1.05)
 AROUND = {
     "device": "Some CPU, 2 threads",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[1] / "bench" / "gpu_day"
+BENCH = Path(__file__).resolve().parents[2] / "bench" / "gpu_day"
 sys.path.insert(0, str(BENCH))
 try:
     import gpu_day
@@ -236,11 +236,11 @@ def test_plan_has_every_group_within_its_seconds(device, tmp_path) -> None:
     assert sum(waves.values()) == pytest.approx(gpu_stages.SECONDS)
     names = [one.name for one in stages]
     assert len(names) == len(set(names))
-    for script in BENCH.glob("bench_*.py"):
+    for script in BENCH.parent.glob("bench_*.py"):
         assert f"benchmarks-{script.stem.removeprefix('bench_')}" in names
     kernels = next(one for one in stages if one.name == "tests-kernels")
-    assert "tests/test_repack.py" in kernels.command
-    assert ("tests/test_matmul.py" in kernels.command) == (device == "cuda")
+    assert "tests/kernels/test_repack.py" in kernels.command
+    assert ("tests/kernels/test_matmul.py" in kernels.command) == (device == "cuda")
 
 
 def test_plan_leaves_out_tests_of_packages_that_are_missing(tmp_path, monkeypatch) -> None:
@@ -248,9 +248,13 @@ def test_plan_leaves_out_tests_of_packages_that_are_missing(tmp_path, monkeypatc
     missing = {"hypothesis", "bitsandbytes"}
     monkeypatch.setattr(gpu_stages, "find_spec", lambda n: None if n in missing else found(n))
     kernels = next(s for s in gpu_stages.plan(tmp_path, "cuda") if s.name == "tests-kernels")
-    assert "tests/test_quantize.py" not in kernels.command and not kernels.left_out
-    assert "not bitsandbytes" in kernels.command and "tests/test_matmul.py" in kernels.command
-    assert "test_quantize.py left out: no hypothesis" in kernels.found("3 passed in 1s")
+    assert "tests/kernels/test_quantize.py" not in kernels.command and not kernels.left_out
+    assert (
+        "not bitsandbytes" in kernels.command and "tests/kernels/test_matmul.py" in kernels.command
+    )
+    assert "tests/kernels/test_quantize.py left out: no hypothesis" in kernels.found(
+        "3 passed in 1s"
+    )
     missing.add("pytest")
     reasons = {s.name: s.left_out for s in gpu_stages.plan(tmp_path, "cuda")}
     assert reasons["tests-kernels"] == reasons["tests-layers"] == "pytest is not installed"

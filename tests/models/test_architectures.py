@@ -15,7 +15,7 @@ from nf4.integrations.transformers import NF4Config
 from nf4.layers.experts import ExpertsNF4, is_experts
 from nf4.layers.linear import is_conv1d
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 KINDS = {"Linear": "nn.Linear", "Conv1D": "Conv1D", "experts": "experts"}
 
 

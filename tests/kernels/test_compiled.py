@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Instructions per weight; per element of x or dY in the kernels of the adapter. The design asks for
 # 7 to dequantize and 17 to quantize whole bf16 tensors in blocks of 64; the other figures are what
