@@ -38,20 +38,34 @@ def always():
         yield lambda kernel: stack.enter_context(gpu_plan.always(kernel))
 
 
-# rows of x, N, K, block size, rank, dropout, dtype, layout, kernel (None: what the plan says)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """x ``[m, k]``, W ``[n, k]``, an adapter, and the kernel, None for what the plan says."""
+
+    m: int
+    n: int
+    k: int
+    block_size: int = 64
+    r: int = 8
+    dropout_p: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    layout: str = "fragments"
+    kernel: str | None = None
+
+
 CASES = {
-    "decoding": (3, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", None),
-    "middle": (40, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", "matmul"),
-    "one_row": (1, 96, 256, 64, 8, 0.0, torch.bfloat16, "fragments", None),
-    "merged": (40, 96, 128, 64, 8, 0.0, torch.bfloat16, "fragments", "dequantize"),
-    "dropout": (40, 96, 128, 32, 8, 0.3, torch.bfloat16, "fragments", "dequantize"),
-    "dropout_fused": (40, 96, 128, 64, 8, 0.3, torch.float16, "fragments", "matmul"),
-    "rows": (40, 96, 130, 64, 8, 0.0, torch.bfloat16, "rows", None),
-    "rows_dropout": (40, 40, 136, 64, 8, 0.2, torch.bfloat16, "rows", None),
-    "odd_columns_dropout": (9, 48, 77, 64, 4, 0.3, torch.bfloat16, "rows", None),
-    "rank_100": (40, 96, 128, 64, 100, 0.2, torch.bfloat16, "fragments", "dequantize"),
-    "rank_300": (20, 32, 64, 64, 300, 0.0, torch.bfloat16, "fragments", None),
-    "fp32": (9, 48, 128, 64, 4, 0.2, torch.float32, "fragments", None),
+    "decoding": Case(3, 96, 128),
+    "middle": Case(40, 96, 128, kernel="matmul"),
+    "one_row": Case(1, 96, 256),
+    "merged": Case(40, 96, 128, kernel="dequantize"),
+    "dropout": Case(40, 96, 128, block_size=32, dropout_p=0.3, kernel="dequantize"),
+    "dropout_fused": Case(40, 96, 128, dropout_p=0.3, dtype=torch.float16, kernel="matmul"),
+    "rows": Case(40, 96, 130, layout="rows"),
+    "rows_dropout": Case(40, 40, 136, dropout_p=0.2, layout="rows"),
+    "odd_columns_dropout": Case(9, 48, 77, r=4, dropout_p=0.3, layout="rows"),
+    "rank_100": Case(40, 96, 128, r=100, dropout_p=0.2, kernel="dequantize"),
+    "rank_300": Case(20, 32, 64, r=300),
+    "fp32": Case(9, 48, 128, r=4, dropout_p=0.2, dtype=torch.float32),
 }
 LAUNCHES = {
     "decoding": "lora_down matmul_small lora_grad add_parts lora_grad add_parts merge",
@@ -67,8 +81,8 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_gpu_lora_linear_and_its_gradients_are_right(name, gpu, always) -> None:
-    if CASES[name][-1]:
-        always(CASES[name][-1])
+    if CASES[name].kernel:
+        always(CASES[name].kernel)
     launches = compare(CASES[name], 0.5, torch.ones(()), gpu)
     if name in LAUNCHES:
         assert launches == LAUNCHES[name]
@@ -77,9 +91,9 @@ def test_gpu_lora_linear_and_its_gradients_are_right(name, gpu, always) -> None:
 @pytest.mark.parametrize("name", ["decoding", "middle", "merged", "dropout", "dropout_fused"])
 @pytest.mark.parametrize("scaling", [2**-7, -3.0, 64.0])
 def test_gpu_lora_linear_of_outliers_is_right_at_any_scale(name, scaling, gpu, always) -> None:
-    if CASES[name][-1]:
-        always(CASES[name][-1])
-    k = CASES[name][2]
+    if CASES[name].kernel:
+        always(CASES[name].kernel)
+    k = CASES[name].k
     channels = torch.where(torch.rand(k) < 0.05, 100.0, 0.3)  # as the inputs of language models
     compare(CASES[name], scaling, channels, gpu)
 
@@ -134,15 +148,19 @@ def test_gpu_scaling_of_any_size(scaling, gpu) -> None:
 
 def compare(case, scaling: float, channels: torch.Tensor, gpu) -> str:
     """Hold y and every gradient to float64; return which kernels ran."""
-    m, n, k, block_size, r, p, dtype, layout, _ = case
-    q = nf4.quantize(torch.randn(n, k) / k**0.5, block_size)
-    x = (channels * torch.randn(m, k)).to(dtype)
+    m, n, k, r, p = case.m, case.n, case.k, case.r, case.dropout_p
+    q = nf4.quantize(torch.randn(n, k) / k**0.5, case.block_size)
+    x = (channels * torch.randn(m, k)).to(case.dtype)
     a, b = torch.randn(r, k) / k**0.5, torch.randn(n, r) / r**0.5
-    bias, dy, seed = torch.randn(n), torch.randn(m, n).to(dtype), torch.tensor(77) if p else None
+    bias, dy, seed = (
+        torch.randn(n),
+        torch.randn(m, n).to(case.dtype),
+        torch.tensor(77) if p else None,
+    )
     keep = dropout_mask(seed, x.shape, p) if p else None
     right = exact.LoraLinear(x, q, a, b, scaling, bias, dy, keep, p)
     leaves = [t.clone().requires_grad_() for t in (x, bias, a, b)]
-    held = nf4.to_fragments(q) if layout == "fragments" else q
+    held = nf4.to_fragments(q) if case.layout == "fragments" else q
     gpu.launches.clear()
     y = nf4.lora_linear(leaves[0], held, leaves[2], leaves[3], scaling, leaves[1], p, seed)
     found = [y, *torch.autograd.grad(y, leaves, dy)]

@@ -166,25 +166,13 @@ def test_dequantize_ptx_past_2_31_elements(emulate) -> None:
 
 
 MISTAKES = {
-    "mask_too_wide": (
-        "dequantize",
-        "mask=out_offs // group * group < left",
-        "mask=out_offs < left + 1",
-    ),
-    "mask_too_narrow": (
-        "dequantize",
-        "mask=out_offs // group * group < left",
-        "mask=out_offs < left - 1",
-    ),
-    "bytes_of_the_next_block": (
-        "dequantize",
-        "packed_ptr + first * BLOCK_BYTES",
-        "packed_ptr + first * BLOCK_BYTES + 4",
-    ),
+    "mask_too_wide": ("dequantize", "out_offs // group * group", "out_offs - 1"),
+    "mask_too_narrow": ("dequantize", "out_offs // group * group", "out_offs + 1"),
+    "bytes_of_the_next_block": ("dequantize", "+ offs, (1, 4)", "+ 4 + offs, (1, 4)"),
     "nibbles_swapped": (
         "dequantize",
-        "tl.join(high * absmax, low * absmax)",
-        "tl.join(low * absmax, high * absmax)",
+        "high * absmax, low * absmax",
+        "low * absmax, high * absmax",
     ),
     "absmax_of_the_first_block": (
         "dequantize",

@@ -91,7 +91,7 @@ MISTAKES = {
         "mask=(offs_r < 64)[:, None]",
     ),
     "columns": ("_merge", "+ u, K // 64 - 1) * 64", ", K // 64 - 1) * 64"),
-    "last_tile": ("_merge", "first_tile + u, K // 64 - 1", "first_tile + u, K // 64"),
+    "last_tile": ("_merge", "K // 64 - 1)  # the last", "K // 64)  # the last"),
     "rows_not_masked": ("_merge", "row_tiles = tl.minimum(", "row_tiles = tl.maximum("),
 }
 

@@ -52,11 +52,7 @@ MISTAKES = {
     "mask_of_columns": ("lora_down", "mask_k = offs_k < K - first", "mask_k = offs_k < K"),
     "not_divided": ("lora_down", "t = acc * kept_inverse", "t = acc"),
     "half": ("_dropout", "(16 * i)", "(15 * i)"),
-    "order_of_words": (
-        "_dropout",
-        "tl.join(_half(w0, 0), _half(w2, 0))",
-        "tl.join(_half(w0, 0), _half(w1, 0))",
-    ),
+    "order_of_words": ("_dropout", "_half(w0, 0), _half(w2, 0)", "_half(w0, 0), _half(w1, 0)"),
     "counter": ("_dropout", "row_length // 8", "row_length // 4"),
 }
 

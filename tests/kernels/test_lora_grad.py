@@ -72,7 +72,7 @@ def test_lora_grad_ptx_of_long_chunks(emulate, monkeypatch) -> None:
 
 MISTAKES = {
     "rows_not_masked": ("lora_grad", "mask_m = offs_m < M", "mask_m = offs_m < M + 1"),
-    "chunk": ("lora_grad", "column = chunk.to(tl.int64) * C", "column = chunk.to(tl.int64) * 0"),
+    "chunk": ("lora_grad", "chunk.to(tl.int64) * C", "chunk.to(tl.int64) * 0"),
     "strip": ("lora_grad", "row = strip.to(tl.int64) * M", "row = strip.to(tl.int64) * 0"),
     "sums_of_the_last_step": ("lora_grad", "sums += tl.sum(z", "sums = tl.sum(z"),
     "dropout_of_another_strip": ("lora_grad", "columns = strip * BLOCK_C", "columns = strip * 0"),

@@ -2,22 +2,23 @@
 
 import pytest
 import torch
-from helpers import make_product, on_gpus
+from helpers import ProductCase, on_gpus
 
 import nf4.tools.cost
 from nf4.reference import matmul as reference
 
 DTYPES = (torch.bfloat16, torch.float16)
-# m, n, k, block size, double quantization, dtype, rank, bias, scaling, factor
 CASES = {
-    "one_tile": (64, 64, 128, 64, True, torch.bfloat16, 0, False),
-    "adapter_and_bias": (70, 80, 192, 64, True, torch.bfloat16, 16, True),
-    "rank_1_fp16": (33, 48, 128, 64, False, torch.float16, 1, True),
-    "factor": (33, 80, 128, 64, True, torch.bfloat16, 16, True, 0.5, True),
-    "rank_100": (20, 64, 128, 64, True, torch.bfloat16, 100, False),
-    "block_32": (17, 144, 128, 32, True, torch.bfloat16, 0, True),
-    "long_blocks": (40, 16, 1024, 1024, True, torch.float16, 5, False),
-    "many_rows": (300, 32, 64, 64, False, torch.bfloat16, 3, False),
+    "one_tile": ProductCase(64, 64, 128),
+    "adapter_and_bias": ProductCase(70, 80, 192, r=16, bias=True),
+    "rank_1_fp16": ProductCase(
+        33, 48, 128, double_quant=False, dtype=torch.float16, r=1, bias=True
+    ),
+    "factor": ProductCase(33, 80, 128, r=16, bias=True, scaling=0.5, factor=True),
+    "rank_100": ProductCase(20, 64, 128, r=100),
+    "block_32": ProductCase(17, 144, 128, block_size=32, bias=True),
+    "long_blocks": ProductCase(40, 16, 1024, block_size=1024, dtype=torch.float16, r=5),
+    "many_rows": ProductCase(300, 32, 64, double_quant=False, r=3),
 }
 
 
@@ -31,7 +32,7 @@ def check(kernel, product) -> torch.Tensor:
 def test_matmul_kernel_matches_reference(case, device) -> None:
     from nf4.kernels import matmul as kernel
 
-    product = make_product(*case).to(device)
+    product = case.make().to(device)
     y = check(kernel, product)
     assert torch.equal(y, kernel.matmul(*product.arguments()))
 
@@ -40,7 +41,7 @@ def test_matmul_kernel_matches_reference(case, device) -> None:
 def test_matmul_kernel_of_no_rows(device) -> None:
     from nf4.kernels import matmul as kernel
 
-    assert kernel.matmul(*make_product(0, 32, 64).to(device).arguments()).shape == (0, 32)
+    assert kernel.matmul(*ProductCase(0, 32, 64).make().to(device).arguments()).shape == (0, 32)
 
 
 def use(monkeypatch, kernel, **choices) -> None:
@@ -56,7 +57,7 @@ def test_matmul_ptx_matches_reference(case, emulate, monkeypatch) -> None:
     from nf4.kernels import matmul as kernel
 
     use(monkeypatch, kernel, block_m=64, block_n=64)
-    check(kernel, make_product(*CASES[case]))
+    check(kernel, CASES[case].make())
     assert emulate.launches == ["_matmul_kernel"]
 
 
@@ -70,7 +71,7 @@ def test_matmul_ptx_of_every_tile(tile, emulate, monkeypatch) -> None:
 
     names = ("block_m", "block_n", "num_warps", "num_stages")
     use(monkeypatch, kernel, **dict(zip(names, tile, strict=True)))
-    check(kernel, make_product(130, 144, 192, r=16, bias=True))
+    check(kernel, ProductCase(130, 144, 192, r=16, bias=True).make())
 
 
 @pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
@@ -78,7 +79,7 @@ def test_matmul_ptx_of_the_widest_tile(emulate, monkeypatch) -> None:
     from nf4.kernels import matmul as kernel
 
     use(monkeypatch, kernel, block_m=256, block_n=128, num_warps=8)
-    check(kernel, make_product(260, 128, 256, r=16))
+    check(kernel, ProductCase(260, 128, 256, r=16).make())
 
 
 @pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
@@ -89,7 +90,7 @@ def test_matmul_ptx_splits_k_in_any_number_of_parts(split_k, emulate, monkeypatc
 
     scratch.release_scratch()
     use(monkeypatch, kernel, block_m=32, block_n=64, split_k=split_k)
-    product = make_product(20, 80, 512, r=16, bias=True)
+    product = ProductCase(20, 80, 512, r=16, bias=True).make()
     y = check(kernel, product)
     for rerun in range(2):  # what one launch leaves in scratch serves the next
         assert torch.equal(y, kernel.matmul(*product.arguments())), rerun
@@ -98,12 +99,8 @@ def test_matmul_ptx_splits_k_in_any_number_of_parts(split_k, emulate, monkeypatc
 
 
 MISTAKES = {
-    "rows_not_masked": (
-        "_product",
-        "mask=mask_m[None, :] & mask_n[:, None])",
-        "mask=mask_n[:, None])",
-    ),
-    "wrong_column_of_scales": ("matmul", "column = step * 64 // BLOCK_SIZE", "column = step * 0"),
+    "rows_not_masked": ("_product", "mask_m[None, :] & mask_n[:", "mask_n[:"),
+    "wrong_column_of_scales": ("matmul", "step * 64 // BLOCK_SIZE", "step * 0"),
     "words_of_the_next_tile": ("matmul", "word_ptrs + step * 128", "word_ptrs + step * 128 + 4"),
     "x_of_the_next_step": ("matmul", "x_ptrs + step * 64", "x_ptrs + step * 32"),
     "last_step_left_out": (
@@ -137,9 +134,9 @@ def test_matmul_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_path, mon
         CASES["adapter_and_bias"],
         CASES["rank_100"],
         CASES["factor"],
-        (40, 16, 40960 // 2, 32, True),
+        ProductCase(40, 16, 40960 // 2, block_size=32),
     ]
-    assert is_noticed(check, ((wrong, make_product(*case)) for case in cases))
+    assert is_noticed(check, ((wrong, case.make()) for case in cases))
 
 
 WAITS = {
@@ -166,7 +163,7 @@ def test_matmul_ptx_without_a_wait_is_noticed(wait, emulate, monkeypatch) -> Non
 
     use(monkeypatch, kernel, block_m=64, block_n=64)
     emulate.edit = edit
-    assert is_noticed(check, [(kernel, make_product(64, 64, 512))])
+    assert is_noticed(check, [(kernel, ProductCase(64, 64, 512).make())])
     assert changed == [True]
 
 

@@ -2,19 +2,18 @@
 
 import pytest
 import torch
-from helpers import make_product, on_gpus
+from helpers import ProductCase, on_gpus
 
 from nf4.reference import matmul_row as reference
 
-# m, n, k, block size, double quantization, dtype, rank, bias, scaling, factor
 CASES = {
-    "one_row": (1, 32, 1024, 64, True, torch.bfloat16, 0, False),
-    "uneven_shares": (1, 16, 1792, 64, True, torch.bfloat16, 0, False),
-    "one_group": (3, 32, 256, 64, True, torch.bfloat16, 0, False),
-    "adapter_and_bias": (2, 48, 768, 64, True, torch.bfloat16, 16, True),
-    "four_rows_fp16": (4, 32, 512, 64, True, torch.float16, 3, True),
-    "factor": (1, 48, 512, 64, True, torch.float16, 0, True, 1.0, True),
-    "rank_100": (1, 32, 512, 64, True, torch.bfloat16, 100, False),
+    "one_row": ProductCase(1, 32, 1024),
+    "uneven_shares": ProductCase(1, 16, 1792),
+    "one_group": ProductCase(3, 32, 256),
+    "adapter_and_bias": ProductCase(2, 48, 768, r=16, bias=True),
+    "four_rows_fp16": ProductCase(4, 32, 512, dtype=torch.float16, r=3, bias=True),
+    "factor": ProductCase(1, 48, 512, dtype=torch.float16, bias=True, scaling=1.0, factor=True),
+    "rank_100": ProductCase(1, 32, 512, r=100),
 }
 
 
@@ -29,7 +28,7 @@ def check(kernel, product) -> torch.Tensor:
 def test_matmul_row_kernel_matches_reference(case, device) -> None:
     from nf4.kernels import matmul_row as kernel
 
-    product = make_product(*case).to(device)
+    product = case.make().to(device)
     y = check(kernel, product)
     assert torch.equal(y, kernel.matmul_row(*product.arguments()))
 
@@ -38,7 +37,7 @@ def test_matmul_row_kernel_matches_reference(case, device) -> None:
 def test_matmul_row_ptx_matches_reference(case, emulate) -> None:
     from nf4.kernels import matmul_row as kernel
 
-    check(kernel, make_product(*CASES[case]))
+    check(kernel, CASES[case].make())
     assert emulate.launches == ["_matmul_row_kernel"]
 
 
@@ -53,7 +52,7 @@ def shifted(tensor: torch.Tensor, by: int) -> torch.Tensor:
 def test_matmul_row_ptx_of_what_begins_in_the_middle_of_a_word(part, emulate) -> None:
     from nf4.kernels import matmul_row as kernel
 
-    x, weight, _ = make_product(1, 32, 512).arguments()
+    x, weight, _ = ProductCase(1, 32, 512).make().arguments()
     expected = kernel.matmul_row(x, weight)
     aligned = {"x": x, **weight._asdict()}[part]
     moved = shifted(aligned, 1)
@@ -69,7 +68,7 @@ def test_matmul_row_ptx_of_what_begins_in_the_middle_of_a_word(part, emulate) ->
 def test_matmul_row_ptx_keeps_infinities_where_shares_are_uneven(emulate) -> None:
     from nf4.kernels import matmul_row as kernel
 
-    product = make_product(1, 16, 1792, 64, True, torch.bfloat16, 0, False)
+    product = ProductCase(1, 16, 1792).make()
     args = list(product.arguments())
     for group in range(7):
         args[0] = torch.zeros_like(args[0])
@@ -111,4 +110,4 @@ def test_matmul_row_ptx_of_a_wrong_kernel_is_noticed(mistake, emulate, tmp_path)
     from mutants import is_noticed, mutant
 
     wrong = mutant("matmul_row", "matmul_row", *mistake, tmp_path)
-    assert is_noticed(check, ((wrong, make_product(*case)) for case in CASES.values()))
+    assert is_noticed(check, ((wrong, case.make()) for case in CASES.values()))

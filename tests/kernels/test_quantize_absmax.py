@@ -147,7 +147,7 @@ def test_quantize_absmax_ptx_ties(emulate) -> None:
 
 
 MISTAKES = {
-    "sum_mask": ("mask=offs < blocks, other=0.0).to", "mask=offs <= blocks, other=0.0).to"),
+    "sum_mask": ("offs < blocks, other=0.0).to", "offs <= blocks, other=0.0).to"),
     "mask": ("mask = offs < blocks", "mask = offs < blocks + 1"),
     "part_left_out": ("start + tl.arange(0, TILE)", "start + 1 + tl.arange(0, TILE)"),
     "mean_in_fp32": ("axis=0) / blocks", "axis=0).to(tl.float32) / blocks"),

@@ -333,12 +333,9 @@ MISTAKES = {
     "not_refined": ("CANDIDATES + REFINEMENTS):", "CANDIDATES):"),
     "score_of_the_first_sum_alone": ("a * a / b", "a"),
     "not_cut": ("x * inverse[:, None]), 1.0)", "x * inverse[:, None]), 9.0)"),
-    "load_mask": ("mask=offs < left", "mask=offs < left + 1"),
+    "load_mask": ("offs < left, other=0.0).to", "offs <= left, other=0.0).to"),
     "columns_shifted": ("(first * BLOCK_SIZE) % columns", "first % columns"),
-    "importance_of_none": (
-        "(h * INTO_U + ROUNDS - ROUNDS).to(tl.int32), 1)",
-        "(h * INTO_U).to(tl.int32), 0)",
-    ),
+    "importance_of_none": ("ROUNDS).to(tl.int32), 1)", "ROUNDS).to(tl.int32), 0)"),
     "importance_not_relative": ("h * inverse[:, None])", "tl.minimum(h, 1.0))"),
     "store_mask": ("mask=2 * byte_offs < left", "mask=2 * byte_offs < left + 2"),
 }

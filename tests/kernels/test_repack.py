@@ -100,7 +100,7 @@ def test_repack_ptx_matches_reference(emulate) -> None:
 
 
 MISTAKES = {
-    "nibbles": ("(byte << 4) | (byte >> 4), mask", "byte, mask"),
+    "nibbles": ("in_fragments, (byte << 4) |", "in_fragments, byte | 0 &"),
     "row_of_the_lane": ("8 * r + g", "2 * g + r"),
     "column": ("16 * h + 4 * b + t", "16 * h + 4 * t + b"),
     "mask": ("< row_bytes", "< row_bytes - 32"),

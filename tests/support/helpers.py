@@ -85,24 +85,29 @@ class Product:
         return exact.linear(self.x, self.q, self.bias, self.factor, low)
 
 
-def make_product(
-    m: int,
-    n: int,
-    k: int,
-    block_size: int = 64,
-    double_quant: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
-    r: int = 0,
-    bias: bool = False,
-    scaling: float = 2.0,
-    factor: bool = False,
-) -> Product:
-    """Make a random product; the weight has a few outliers, as those of language models have."""
-    w = torch.randn(n, k) / k**0.5
-    w[torch.rand(n, k) < 1e-3] *= 20
-    t = torch.randn(m, r).to(dtype) if r else None
-    b = torch.randn(n, r) / max(r, 1) ** 0.5 if r else None
-    bias_ = torch.randn(n).to(dtype) if bias else None
-    q = nf4.quantize(w, block_size, double_quant)
-    x = torch.randn(m, k).to(dtype)
-    return Product(x, q, bias_, t, b, scaling, torch.randn(n) if factor else None)
+@dataclass(frozen=True)
+class ProductCase:
+    """Sizes and forms of a product: x ``[m, k]``, W ``[n, k]``, an adapter of rank r if not 0."""
+
+    m: int
+    n: int
+    k: int
+    block_size: int = 64
+    double_quant: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    r: int = 0
+    bias: bool = False
+    scaling: float = 2.0
+    factor: bool = False
+
+    def make(self) -> Product:
+        """Make a random product; the weight has a few outliers, as language models' have."""
+        m, n, k, r = self.m, self.n, self.k, self.r
+        w = torch.randn(n, k) / k**0.5
+        w[torch.rand(n, k) < 1e-3] *= 20
+        t = torch.randn(m, r).to(self.dtype) if r else None
+        b = torch.randn(n, r) / max(r, 1) ** 0.5 if r else None
+        bias = torch.randn(n).to(self.dtype) if self.bias else None
+        q = nf4.quantize(w, self.block_size, self.double_quant)
+        x = torch.randn(m, k).to(self.dtype)
+        return Product(x, q, bias, t, b, self.scaling, torch.randn(n) if self.factor else None)

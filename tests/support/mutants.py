@@ -10,6 +10,7 @@ from typing import Any
 from ptx_machine import PtxError
 from ptx_values import UnknownInstruction
 
+LONGEST = 30  # of a token: what stands around it may change
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 
@@ -19,7 +20,7 @@ def mutant(op: str, file: str, right: str, wrong: str, folder: Path) -> ModuleTy
     Args:
         op: the operator.
         file: the file to change, the operator's own or a helper that it imports.
-        right: text that the file has.
+        right: a short token that the file has once.
         wrong: what takes its place, once.
         folder: where to write; Triton reads a kernel's source from its file.
     """
@@ -27,8 +28,12 @@ def mutant(op: str, file: str, right: str, wrong: str, folder: Path) -> ModuleTy
     for name in dict.fromkeys((file, op)):
         text = (KERNELS / f"{name}.py").read_text(encoding="utf-8")
         if name == file:
-            assert right in text, f"{file} has no {right!r} to change"
-            text = text.replace(right, wrong, 1)
+            count = text.count(right)
+            assert count == 1, (
+                f"{file}: expected {right!r} once, to change it, found it {count} times"
+            )
+            assert len(right) <= LONGEST, f"{right!r}: expected a token, got a line"
+            text = text.replace(right, wrong)
         else:
             text = text.replace(f"from .{file} ", f"from .{file}_mutant ")
         changed[name] = text
