@@ -141,3 +141,24 @@ def test_one_function_forgets_all_that_is_remembered() -> None:
             decorators = [ast.unparse(d) for d in function.decorator_list]
             cached = [d for d in decorators if "cache" in d and "cached_property" not in d]
             assert not cached or decorators[0] == "forgettable", f"{module}.{name}"
+
+
+MOST_LINES = 60  # of a function, its docstring not counted
+# Kernels have no helpers for what ends in the middle, and every pointer is a line of its own
+MOST_LINES_OF_A_KERNEL = 105
+
+
+def test_functions_and_files_are_short() -> None:
+    long = {}
+    for module, path in MODULES.items():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 500, module
+        for name, function in functions(ast.parse(text)):
+            first = function.body[0]
+            documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            said = (first.end_lineno or 0) - first.lineno + 1 if documented else 0
+            lines = (function.end_lineno or 0) - function.lineno + 1 - said
+            kernel = any(ast.unparse(d).startswith(COMPILED) for d in function.decorator_list)
+            if lines > (MOST_LINES_OF_A_KERNEL if kernel else MOST_LINES):
+                long[f"{module}.{name}"] = lines
+    assert long == {}

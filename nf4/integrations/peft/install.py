@@ -53,23 +53,106 @@ def _heads(model: Any, config: Any) -> list[Any]:
 
 
 def install() -> None:
-    """Let PEFT find quantized layers, and put `NF4LoraLinear` on them."""
-    default, all_linear = peft_lora.dispatch_default, peft_utils._maybe_include_all_linear_layers
-    if hasattr(default, "knows_nf4"):
+    """Let PEFT find quantized layers, and put this package's layers on them."""
+    if hasattr(peft_lora.dispatch_default, "knows_nf4"):
         return
+    _count_weights()
+    _unload_dense()
+    _find_experts()
+    _refuse_to_train_bytes()
+    _put_ia3()
+    _find_all_linear()
+    _put_lora()
+    prompts.install()
 
-    @functools.wraps(default)
-    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> Any:
+
+def _count_weights() -> None:
+    """Let PEFT count weights, not bytes."""
+    shipped = PeftModel.get_nb_trainable_parameters
+
+    @functools.wraps(shipped)
+    def count(self: Any) -> tuple[int, int]:
+        trainable, every = shipped(self)
+        return trainable, every + uncounted(self)
+
+    PeftModel.get_nb_trainable_parameters = count
+
+
+def _unload_dense() -> None:
+    """Let merging leave no layer in four bits."""
+    shipped = peft_utils.BaseTuner._unload_and_optionally_merge
+
+    @functools.wraps(shipped)
+    def unload(self: Any, merge: bool = True, *args: Any, **options: Any) -> nn.Module:
+        ours = any(isinstance(m, _OURS) for m in self.model.modules())
+        model: nn.Module = shipped(self, merge, *args, **options)
+        return make_dense(model) if merge and ours else model
+
+    peft_utils.BaseTuner._unload_and_optionally_merge = unload
+
+
+def _find_experts() -> None:
+    """Let ``target_parameters`` find the weights of experts."""
+    shipped = peft_utils.BaseTuner._inject_parameters
+    shipped_convert = peft_conversion.convert_peft_config_for_transformers
+
+    @functools.wraps(shipped)
+    def inject(self: Any, peft_config: Any, model: nn.Module, **options: Any) -> list[str]:
+        with parameters_of_experts(model):
+            names: list[str] = shipped(self, peft_config, model, **options)
+        return names
+
+    peft_utils.BaseTuner._inject_parameters = inject
+    peft_conversion.convert_peft_config_for_transformers = functools.partial(
+        convert, shipped_convert
+    )
+
+
+def _refuse_to_train_bytes() -> None:
+    """Let ``modules_to_save`` refuse what cannot be trained."""
+    shipped = ModulesToSaveWrapper.update
+
+    @functools.wraps(shipped)
+    def update(self: Any, adapter_name: str, **options: Any) -> None:
+        if isinstance(self.original_module, QuantizedModule):
+            raise ValueError(
+                "modules_to_save: expected modules that can be trained, got a "
+                f"{type(self.original_module).__name__}; leave it dense by skip_modules"
+            )
+        shipped(self, adapter_name, **options)
+
+    ModulesToSaveWrapper.update = update
+
+
+def _put_ia3() -> None:
+    """Put `NF4IA3Linear` on quantized layers."""
+    shipped_create, shipped_replace = IA3Model._create_new_module, IA3Model._replace_module
+
+    @functools.wraps(shipped_create)
+    def create(config: IA3Config, adapter_name: str, target: nn.Module, **options: Any) -> Any:
         if _on_nf4(target):
-            return NF4LoraLinear(target, adapter_name, config=config, **options)
-        if options.get("parameter_name") is not None and isinstance(_base(target), ExpertsNF4):
-            return ParamWrapper(target, adapter_name, config=config, **options)
-        return default(target, adapter_name, config=config, **options)
+            return NF4IA3Linear(target, adapter_name, config, **options)
+        return shipped_create(config, adapter_name, target, **options)
 
-    @functools.wraps(all_linear)
+    @functools.wraps(shipped_replace)
+    def replace(self: Any, parent: nn.Module, name: str, new: nn.Module, old: nn.Module) -> None:
+        if isinstance(old, NF4IA3Linear) and not hasattr(new, "base_layer"):
+            setattr(parent, name, new)  # PEFT would give it the weight of the quantized layer
+        else:
+            shipped_replace(self, parent, name, new, old)
+
+    IA3Model._create_new_module = staticmethod(create)
+    IA3Model._replace_module = replace
+
+
+def _find_all_linear() -> None:
+    """Let "all-linear" mean quantized layers too."""
+    shipped = peft_utils._maybe_include_all_linear_layers
+
+    @functools.wraps(shipped)
     def include(peft_config: Any, model: nn.Module) -> Any:
         asked = getattr(peft_config, "target_modules", None)
-        found = all_linear(peft_config, model)
+        found = shipped(peft_config, model)
         if isinstance(asked, str) and asked.lower() == "all-linear":
             left = {id(head) for head in _heads(model, peft_config)}
             left |= include_experts(peft_config, model)
@@ -79,63 +162,21 @@ def install() -> None:
             found.target_modules = names | ({others} if isinstance(others, str) else set(others))
         return found
 
-    create_ia3 = IA3Model._create_new_module
-
-    def create(config: IA3Config, adapter_name: str, target: nn.Module, **options: Any) -> Any:
-        if _on_nf4(target):
-            return NF4IA3Linear(target, adapter_name, config, **options)
-        return create_ia3(config, adapter_name, target, **options)
-
-    def replace(self: Any, parent: nn.Module, name: str, new: nn.Module, old: nn.Module) -> None:
-        if isinstance(old, NF4IA3Linear) and not hasattr(new, "base_layer"):
-            setattr(parent, name, new)  # PEFT would give it the weight of the quantized layer
-        else:
-            replace_ia3(self, parent, name, new, old)
-
-    def update(self: Any, adapter_name: str, **options: Any) -> None:
-        if isinstance(self.original_module, QuantizedModule):
-            raise ValueError(
-                "modules_to_save: expected modules that can be trained, got a "
-                f"{type(self.original_module).__name__}; leave it dense by skip_modules"
-            )
-        update_saved(self, adapter_name, **options)
-
-    shipped_unload = peft_utils.BaseTuner._unload_and_optionally_merge
-
-    @functools.wraps(shipped_unload)
-    def unload(self: Any, merge: bool = True, *args: Any, **options: Any) -> nn.Module:
-        ours = any(isinstance(m, _OURS) for m in self.model.modules())
-        model: nn.Module = shipped_unload(self, merge, *args, **options)
-        return make_dense(model) if merge and ours else model
-
-    shipped_inject = peft_utils.BaseTuner._inject_parameters
-
-    @functools.wraps(shipped_inject)
-    def inject(self: Any, peft_config: Any, model: nn.Module, **options: Any) -> list[str]:
-        with parameters_of_experts(model):
-            names: list[str] = shipped_inject(self, peft_config, model, **options)
-        return names
-
-    shipped_count = PeftModel.get_nb_trainable_parameters
-
-    @functools.wraps(shipped_count)
-    def count(self: Any) -> tuple[int, int]:
-        trainable, every = shipped_count(self)
-        return trainable, every + uncounted(self)
-
-    PeftModel.get_nb_trainable_parameters = count
-    prompts.install()
-    peft_utils.BaseTuner._inject_parameters = inject
-    peft_utils.BaseTuner._unload_and_optionally_merge = unload
-    update_saved, ModulesToSaveWrapper.update = ModulesToSaveWrapper.update, update
-    replace_ia3 = IA3Model._replace_module
-    IA3Model._create_new_module = staticmethod(create)
-    IA3Model._replace_module = replace
-    dispatch.knows_nf4 = True  # type: ignore[attr-defined]
-    peft_lora.dispatch_default = dispatch
     peft_utils._maybe_include_all_linear_layers = include
     peft_conversion._maybe_include_all_linear_layers = include
-    shipped_convert = peft_conversion.convert_peft_config_for_transformers
-    peft_conversion.convert_peft_config_for_transformers = functools.partial(
-        convert, shipped_convert
-    )
+
+
+def _put_lora() -> None:
+    """Put `NF4LoraLinear` on quantized layers, and adapters on experts."""
+    shipped = peft_lora.dispatch_default
+
+    @functools.wraps(shipped)
+    def dispatch(target: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> Any:
+        if _on_nf4(target):
+            return NF4LoraLinear(target, adapter_name, config=config, **options)
+        if options.get("parameter_name") is not None and isinstance(_base(target), ExpertsNF4):
+            return ParamWrapper(target, adapter_name, config=config, **options)
+        return shipped(target, adapter_name, config=config, **options)
+
+    dispatch.knows_nf4 = True  # type: ignore[attr-defined]
+    peft_lora.dispatch_default = dispatch
