@@ -78,13 +78,22 @@ def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, out: Tensor | None = 
     t = torch.empty(m, rank, dtype=x.dtype, device=x.device) if out is None else out
     if m == 0:
         return t
-    config = lora_down_config(m, k, rank, x.device)
+    config, form = _prepared(m, k, rank, dropout.seed is not None, x.device)
     tiles = -(-m // config.block_m)
     parts, arrived = split_k_scratch(config, tiles, t)
-    form = _form(config, _block_k(rank), dropout.seed is not None)
     kept = (dropout_threshold(dropout.p), 1 / (1 - dropout.p))
     form((tiles, config.split_k), x, lora_A, dropout.seed, t, parts, arrived, m, k, rank, *kept)
     return t
+
+
+@forgettable
+@lru_cache(maxsize=4096)
+def _prepared(
+    m: int, k: int, rank: int, dropout: bool, device: torch.device
+) -> tuple[MatmulConfig, Launch]:
+    """Return the cut of x ``[m, k]``, and the launch."""
+    config = lora_down_config(m, k, rank, device)
+    return config, _form(config, _block_k(rank), dropout)
 
 
 @forgettable

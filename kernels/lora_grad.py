@@ -156,8 +156,6 @@ class _Cut:
     rows_a_chunk: int
 
 
-@forgettable
-@lru_cache(maxsize=4096)
 def _cut(m: int, c: int, rank: int, has_w: bool, device: Device, wgmma: bool) -> _Cut:
     """Return the cut of z ``[m, c]``.
 
@@ -175,8 +173,6 @@ def _cut(m: int, c: int, rank: int, has_w: bool, device: Device, wgmma: bool) ->
     return _Cut(BLOCK_M, block_c, 8, stages, -(-m // (chunks * BLOCK_M)) * BLOCK_M)
 
 
-@forgettable
-@lru_cache
 def _forms(
     cut: _Cut, rank: int, has_w: bool, has_sums: bool, dropout: bool, transposed: bool
 ) -> tuple[Launch, Launch]:
@@ -193,6 +189,16 @@ def _forms(
         Launch(_lora_grad_kernel, {**constants, **ends}, cut.num_warps, cut.num_stages),
         Launch(_add_parts_kernel, {**added, **ends}),
     )
+
+
+@forgettable
+@lru_cache(maxsize=4096)
+def _prepared(
+    m: int, c: int, rank: int, ends: tuple[bool, bool, bool, bool], device: torch.device
+) -> tuple[_Cut, Launch, Launch]:
+    """Return the cut and both launches; ends are has_w, has_sums, dropout and transposed."""
+    cut = _cut(m, c, rank, ends[0], device_of(device), has_wgmma(device))
+    return (cut, *_forms(cut, rank, *ends))
 
 
 def lora_grad(
@@ -214,7 +220,8 @@ def lora_grad(
     sums = torch.empty(c, **options) if need_sums else None
     if m == 0:
         return across.zero_(), along, None if sums is None else sums.zero_()
-    cut = _cut(m, c, rank, has_w, device_of(device), has_wgmma(device))
+    ends = (has_w, need_sums, dropout.seed is not None, transposed)
+    cut, form, add = _prepared(m, c, rank, ends, device)
     strips, chunks = -(-c // cut.block_c), -(-m // cut.rows_a_chunk)
     first_along = _rounded(chunks * c * rank)
     first_sums = first_along + _rounded(strips * m * rank * has_w)
@@ -223,7 +230,6 @@ def lora_grad(
         parts = scratch("lora_grad parts", size, torch.float32, device)
     else:
         parts = torch.empty(size, **options)
-    form, add = _forms(cut, rank, has_w, need_sums, dropout.seed is not None, transposed)
     sizes = (first_along, first_sums, m, c, rank)
     threshold = dropout_threshold(dropout.p)
     form((strips, chunks), z, v, w, dropout.seed, parts, *sizes, cut.rows_a_chunk, threshold)

@@ -419,7 +419,8 @@ def multiply_lora(
         replays: what a layer remembers of its weight; None to launch nothing again.
     """
     (lora_A, lora_B), (dropout_p, seed) = factors, dropout
-    if replays is not None and not dropout_p and type(scaling) in _NUMBERS:
+    trains = torch.is_grad_enabled() and any(getattr(f, "requires_grad", 0) for f in factors)
+    if replays is not None and not (trains or dropout_p) and type(scaling) in _NUMBERS:
         long = partial(multiply_lora, x, q, factors, scaling, bias)
         y = replay.product(q, replays, x, (bias, *factors), scaling, long)
         if y is not None:

@@ -32,7 +32,7 @@ def linear(
     rows, weight = as_rows(x).contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     factor = None if factor is None else factor.contiguous()
-    kernel = choose("linear", len(rows), weight, x.dtype).how
+    kernel = choose("linear", rows.shape[0], weight, x.dtype).how
     if kernel in KERNELS:
         y: Tensor = KERNELS[kernel](rows, weight, Epilogue(bias, factor=factor))
     else:

@@ -39,7 +39,7 @@ def _rounded(low_rank: LowRank, dtype: torch.dtype) -> LowRank:
     """Return A and B as kernels read them: of larger ranks rounded already, half of the bytes."""
     spoil()
     lora_A, lora_B, scaling, dropout = low_rank
-    if len(lora_A) > MOST_RANK_ROUNDED_BY_KERNELS:
+    if lora_A.shape[0] > MOST_RANK_ROUNDED_BY_KERNELS:
         lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     return LowRank(lora_A.contiguous(), lora_B.contiguous(), scaling, dropout)
 
@@ -73,7 +73,7 @@ def lora_linear(
         lora_A, lora_B = _rounded(low_rank, x.dtype)[:2]
     own = None
     if not need_t:
-        own = scratch.matrix(f"t, {x.dtype}", (m, len(lora_A)), x.dtype, x.device)
+        own = scratch.matrix(f"t, {x.dtype}", (m, lora_A.shape[0]), x.dtype, x.device)
     t, scaling = lora_down(x, lora_A, low_rank.dropout, own), low_rank.scaling
     if how in KERNELS:
         y = KERNELS[how](x, weight, Epilogue(bias, t, lora_B, scaling))
@@ -110,7 +110,7 @@ def lora_linear_backward(
     lora_A, lora_B, scaling, dropout = low_rank
     need_u = x is not None or (needs[0] and not merges)
     u = dbias = dA = dB = None
-    if t is not None and len(lora_A) <= max_rank(dy.device):
+    if t is not None and lora_A.shape[0] <= max_rank(dy.device):
         wanted = lora_B if need_u else None
         dB, u, dbias = lora_grad(dy, t, wanted, scaling, needs[1], NO_DROPOUT)
     elif t is not None:

@@ -110,7 +110,8 @@ def test_few_launches_are_kept_of_ever_new_lengths(driver, monkeypatch) -> None:
     launch = _launch.Launch(*_form_of_lora_down())
     from nf4.kernels import lora_down
 
-    monkeypatch.setattr(lora_down, "_form", lambda *sizes: launch)
+    found = lora_down._prepared
+    monkeypatch.setattr(lora_down, "_prepared", lambda *sizes: (found(*sizes)[0], launch))
     for m in range(1, 8):
         lora_down.lora_down(MANY[:m], A, NO_DROPOUT)
     assert 0 < len(launch._prepared) <= 3

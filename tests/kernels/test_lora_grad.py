@@ -60,6 +60,7 @@ def few_multiprocessors(monkeypatch, kernel) -> None:
     """Let the kernel cut its work for a small GPU: a few long chunks of rows."""
     device = Device("small", 1e12, 1e14, 4, 1e9)
     monkeypatch.setattr(kernel, "device_of", lambda device_: device)
+    monkeypatch.setattr(kernel, "_prepared", kernel._prepared.__wrapped__)  # nothing remembered
 
 
 @pytest.mark.parametrize("emulate", ["sm_90"], indirect=True)
