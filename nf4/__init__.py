@@ -93,6 +93,11 @@ _LATER = {
 
 def __getattr__(name: str) -> Any:
     """Import what is not needed at once: scipy alone takes longer than all of nf4."""
+    if name in ("error", "files"):  # with the parts that the names above are in
+        for module in {m for m in _LATER.values() if m.startswith(f"nf4.{name}.")}:
+            if not module.endswith("theory"):
+                import_module(module)
+        return globals()[name]
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_LATER[name]), name)

@@ -4,10 +4,9 @@ What they compute, and how gradients flow, is in the operators of `nf4.ops`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -282,22 +281,15 @@ def linear(
     Source of the factors: (IA)³ (https://arxiv.org/abs/2205.05638, section 3.3).
     """
     if input_factor is not None or output_factor is not None:
-        check_nf4(q)
         return multiply_scaled(x, q, bias, input_factor, output_factor)
-    y = replay.product(q, None, x, (bias,), None, lambda: _checked(q, multiply, x, q, bias))
-    return _checked(q, multiply, x, q, bias) if y is None else y
-
-
-def _checked(q: NF4Tensor, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Return what a function does, once its weight is checked."""
-    check_nf4(q)
-    return function(*args)
+    y = replay.product(q, None, x, (bias,), None, lambda: multiply(x, q, bias))
+    return multiply(x, q, bias) if y is None else y
 
 
 def multiply(
     x: Tensor, q: NF4Tensor, bias: Tensor | None, replays: replay.Replays | None = None
 ) -> Tensor:
-    """Do as `linear` for a weight that is checked, as a layer's when it was made.
+    """Do as `linear`, and launch again what a layer remembers.
 
     Args:
         x: as in `linear`.
@@ -323,7 +315,7 @@ def multiply_scaled(
     input_factor: Tensor | None = None,
     output_factor: Tensor | None = None,
 ) -> Tensor:
-    """Do as `linear` with factors, for a weight that was checked when its layer was made."""
+    """Do as `linear` with factors."""
     check_linear(x, q, bias)
     n, k = q.shape
     for name, factor, size in (
@@ -388,11 +380,11 @@ def lora_linear(
     plain = type(scaling) in _NUMBERS and type(dropout_p) in _NUMBERS
     if plain and dropout_p == 0 and seed is None:
         others = (bias, lora_A, lora_B)
-        long = partial(_checked, q, multiply_lora, *terms)
+        long = partial(multiply_lora, *terms)
         y = replay.product(q, None, x, others, scaling, long)
         if y is not None:
             return y
-    return _checked(q, multiply_lora, *terms, Dropout(dropout_p, seed))
+    return multiply_lora(*terms, Dropout(dropout_p, seed))
 
 
 _NUMBERS = (int, float)
@@ -407,7 +399,7 @@ def multiply_lora(
     dropout: Dropout = NO_DROPOUT,
     replays: replay.Replays | None = None,
 ) -> Tensor:
-    """Do as `lora_linear` for a weight that is checked, as a layer's when it was made.
+    """Do as `lora_linear`, and launch again what a layer remembers.
 
     Args:
         x: as in `lora_linear`.

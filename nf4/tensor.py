@@ -269,13 +269,6 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
         _check_parts(q, name)
 
 
-def check_frozen(q: NF4Tensor) -> None:
-    """Raise ValueError if a part of q wants a gradient, which none flows to."""
-    for part in (q.absmax, q.absmax2, q.offset):
-        if part is not None and part.requires_grad:
-            check_nf4(q)
-
-
 @forgettable
 @lru_cache(maxsize=4096)
 def _shapes(shape: torch.Size, block_size: int, layout: str) -> tuple[Any, ...]:
@@ -293,7 +286,10 @@ def _is_good(q: NF4Tensor) -> bool:
     packed, absmax, absmax2, offset = q.packed, q.absmax, q.absmax2, q.offset
     if type(q.shape) is not torch.Size:
         return False
-    shapes = _shapes(q.shape, q.block_size, q.layout)
+    try:
+        shapes = _shapes(q.shape, q.block_size, q.layout)
+    except TypeError:  # sizes that are symbols, or no numbers at all
+        return False
     device, grad = packed.device, torch.is_grad_enabled()
     if packed.shape != shapes[0] or absmax.shape != shapes[1] or packed.dtype != torch.uint8:
         return False

@@ -100,13 +100,14 @@ class AdaptedLayer(nn.Module):
             return self.base()(input)
         adapters = self.named_adapters()
         if self.samples is not None:
-            terms = {name: adapters[name].term() for name in adapters if name in self.samples}
+            terms = {name: adapters[name]() for name in adapters if name in self.samples}
             samples = [None if name is None else terms.get(name) for name in self.samples]
             return compute_mixed(input, self.base(), samples)
         base = self.base()
         if len(self.active_adapters) == 1:  # what `compute` comes to
-            return adapters[self.active_adapters[0]].term().apply(input, base, base)
-        return compute(input, base, [adapters[name].term() for name in self.active_adapters])
+            y: Tensor = adapters[self.active_adapters[0]]().apply(input, base, base)
+            return y
+        return compute(input, base, [adapters[name]() for name in self.active_adapters])
 
     def _known(self, x: Tensor) -> Tensor | None:
         """Return the output by a shorter way, where a subclass knows one."""

@@ -8,7 +8,7 @@ a weight, terms are applied in the same order. A new kind is one file with a ter
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -105,7 +105,7 @@ class QuantizedBase(Base):
     """
 
     weight: NF4Tensor
-    replays: Replays = field(default_factory=dict)
+    replays: Replays | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return x @ W.T + bias, ``[..., N]`` in the dtype of x."""
@@ -286,6 +286,10 @@ class Adapter(nn.Module):
     @abstractmethod
     def term(self) -> Term:
         """Return what the adapter computes now, in training or not."""
+
+    def forward(self) -> Term:
+        """Return `term`: called as a module, so that hooks have brought its parameters."""
+        return self.term()
 
     def merged_term(self) -> Term:
         """Return what is folded into a weight, whether the adapter is in training or not."""

@@ -217,7 +217,7 @@ class Plan:
         """
         placed = self.placements.values()
         starting = {
-            p.name: layer
+            file_name(p.name): layer
             for p in placed
             if p.starts_anew and isinstance(layer := self.layers[p.name], LinearNF4)
         }
@@ -245,7 +245,7 @@ class Plan:
             return layer.to_base()
         adapter, change = placed.adapter, placed.change
         if placed.starts_anew and change is not None and isinstance(adapter, LoRA):
-            dense = None if self.source is None else self.source(placed.name)
+            dense = None if self.source is None else self.source(file_name(placed.name))
             base: Any = layer
             start = initialize(change.kind, base.weight, dense, change.r, adapter.scaling)
             layer = LinearNF4.from_weight(start.q, base.bias).take_after(base)

@@ -186,7 +186,8 @@ def layer_product(layer: Any) -> Base:
     """Return the product of an expert's layer without adapters, in four bits or dense."""
     while hasattr(layer, "get_base_layer"):  # PEFT's
         layer = layer.get_base_layer()
-    return layer.base() if isinstance(layer, AdaptedLayer) else base_of(layer.weight)
+    known = isinstance(layer, AdaptedLayer | LinearNF4)
+    return layer.base() if known else base_of(layer.weight)
 
 
 def _weight(layer: Any) -> Tensor:

@@ -350,6 +350,9 @@ class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
         return weight.to(self.dtype), bias
 
 
+_PARAMETERS = ("lora_A", "lora_B", "lora_magnitude")
+
+
 class _OfLora(property):
     """An attribute of a layer that is one of its adapter."""
 
@@ -442,11 +445,24 @@ class QLoRALinear(AdaptedLinearNF4):
         """The adapter that the layer was made with, or one that took its place."""
         adapter = self.named_adapters().get(self.adapter_name)
         if not isinstance(adapter, LoRA):
-            raise RuntimeError(
-                f"expected a LoRA adapter {self.adapter_name!r}, got "
-                f"{'none' if adapter is None else adapter.peft_type}"
-            )
+            raise AttributeError("lora")  # of which nn.Module makes a sentence
         return adapter
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickle of an earlier version too, whose adapter was the layer itself."""
+        parameters = state.get("_parameters", {})
+        own = {n: parameters.pop(n) for n in _PARAMETERS if n in parameters}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if own:
+            adapter = LoRA.__new__(LoRA)
+            nn.Module.__init__(adapter)
+            names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+            adapter._set_options(*(self.__dict__.pop(name) for name in names))
+            for name, parameter in own.items():
+                adapter.register_parameter(name, parameter)
+            others, self.adapters = self.named_adapters(), None
+            for name, one in {self.adapter_name: adapter, **others}.items():
+                self.hold_adapter(name, one)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set what is the adapter's there."""
@@ -457,7 +473,7 @@ class QLoRALinear(AdaptedLinearNF4):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the adapter also from where earlier versions saved it, among the layer's own."""
-        for name in ("lora_A", "lora_B", "lora_magnitude"):
+        for name in _PARAMETERS:
             if prefix + name in state_dict:
                 new = f"{prefix}adapters.{self.adapter_name}.{name}"
                 state_dict[new] = state_dict.pop(prefix + name)

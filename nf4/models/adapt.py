@@ -214,10 +214,10 @@ def call_layers(model: nn.Module) -> None:
 
 def layer_base(layer: nn.Module) -> Base:
     """Return the product of a linear layer, without the adapters it may have."""
-    if isinstance(layer, AdaptedLayer):
+    if isinstance(layer, AdaptedLayer | LinearNF4):
         return layer.base()
     bias: Any = layer.bias
-    return base_of(layer.weight if isinstance(layer, LinearNF4) else dense_weight(layer), bias)
+    return base_of(dense_weight(layer), bias)
 
 
 def with_adapter(layer: nn.Module, adapter_name: str, adapter: Adapter) -> AdaptedLayer:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from nf4.codebook import BLOCK_SIZES, LARGEST_ABSMAX
-from nf4.tensor import DTYPES, NF4Tensor, check_frozen, check_nf4
+from nf4.tensor import DTYPES, NF4Tensor, check_nf4
 
 SCALES = ("absmax", "mse", "mse-positive")
 
@@ -144,9 +144,11 @@ _INPUT_DTYPES = (*DTYPES, torch.float64)
 
 
 def check_linear(x: Tensor, q: NF4Tensor, bias: Tensor | None) -> None:
-    """Raise unless x can be multiplied by a weight that is checked, and bias be added."""
-    if torch.is_grad_enabled():
-        check_frozen(q)
+    """Raise unless x can be multiplied by a weight, and bias be added.
+
+    Also of a layer: its parts are parameters, which anybody may replace or shard.
+    """
+    check_nf4(q)
     if len(q.shape) != 2:
         raise ValueError(f"q: expected a quantized matrix [N, K], got shape {tuple(q.shape)}")
     check_floating(x, "x", q)

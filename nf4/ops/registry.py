@@ -116,7 +116,7 @@ def _in_order(arguments: Any, gradient: Gradient) -> Callable[..., Any]:
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(places)
-        needs = arguments(*ctx.needs_input_grad)
+        needs = _named(arguments, ctx.needs_input_grad)
         for name, grad in gradient.backward(ctx, needs, *grads).items():
             found[places[name]] = grad
         return tuple(found)
@@ -124,12 +124,20 @@ def _in_order(arguments: Any, gradient: Gradient) -> Callable[..., Any]:
     return backward
 
 
+def _named(arguments: Any, flags: tuple[bool, ...]) -> Any:
+    """Return which arguments need a gradient, by name.
+
+    PyTorch's dispatcher leaves out arguments that have their defaults, and adds one of its own.
+    """
+    return arguments(*flags[: len(arguments._fields)])
+
+
 def _keeping(arguments: Any, gradient: Gradient) -> Callable[..., None]:
     """Return what fills a context, as PyTorch calls it."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if gradient.keep is not None:
-            needs = arguments(*ctx.needs_input_grad)
+            needs = _named(arguments, ctx.needs_input_grad)
             gradient.keep(ctx, needs, arguments(*inputs), output)
 
     return keep

@@ -561,3 +561,25 @@ def test_adapters_of_peft_and_ours_are_the_same_computation(base, tmp_path) -> N
     ours = copy.deepcopy(base)
     nf4.load_adapter(ours, tmp_path / "peft")
     assert error(logits(ours), logits(theirs.eval())) < 1e-5
+
+
+def test_parameters_of_adapters_come_by_hooks_as_when_they_are_offloaded(base) -> None:
+    from accelerate import cpu_offload
+
+    model = with_lora(base)
+    randomize(model)
+    expected = logits(model)
+    offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+    assert adapted(offloaded)[0].lora_A.is_meta
+    assert error(logits(offloaded), expected) < 1e-6
+
+
+def test_pissa_on_a_model_with_a_compiled_part(tiny_llama, tmp_path) -> None:
+    dense = tiny_llama().eval()
+    quantized = nf4.quantize_model(copy.deepcopy(dense))
+    model = with_lora(quantized, init_lora_weights="pissa", original=dense)
+    nf4.save_adapter(model, tmp_path / "adapter")
+    other = copy.deepcopy(quantized)
+    other.model.layers[0] = torch.compile(other.model.layers[0], backend="eager")
+    nf4.load_adapter(other, tmp_path / "adapter", original=dense)
+    assert error(logits(other), logits(model)) < 1e-6

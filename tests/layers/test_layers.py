@@ -232,8 +232,48 @@ def test_what_is_the_adapter_s_is_the_layer_s_too() -> None:
     assert adapter.lora_dropout == 0.25 and (adapter.lora_B == 1).all()
     assert "lora_B" not in vars(layer) and "lora_B" not in layer._parameters
     del layer.adapters["default"]
-    with pytest.raises(RuntimeError, match="expected a LoRA adapter 'default', got none"):
-        layer.lora  # noqa: B018
+    with pytest.raises(AttributeError, match="'QLoRALinear' object has no attribute 'lora_A'"):
+        layer.lora_A  # noqa: B018
+    assert not hasattr(layer, "lora_B") and getattr(layer, "r", None) is None
+
+
+def test_pickles_with_the_adapter_among_the_layer_s_own_still_load() -> None:
+    layer = make(nf4.QLoRALinear, r=4, lora_alpha=8, lora_dropout=0.1)
+    nn.init.normal_(layer.lora_B)
+    old = layer.__getstate__()
+    adapter = old["_modules"].pop("adapters")["default"]
+    old["_parameters"] = {**old["_parameters"], **adapter._parameters}
+    old |= {**adapter.options, "adapters": None}
+    other = nf4.QLoRALinear.__new__(nf4.QLoRALinear)
+    other.__setstate__(old)
+    x = torch.randn(3, 96)
+    layer.eval(), other.eval()
+    assert torch.equal(other(x), layer(x)) and other.lora_dropout == 0.1
+    assert other.state_dict().keys() == layer.state_dict().keys()
+
+
+REPLACED = {
+    "scales_of_another_size": lambda m: setattr(m, "absmax", frozen(m.absmax[:3])),
+    "bytes_of_another_size": lambda m: setattr(m, "packed", frozen(m.packed[:2])),
+    "no_offset": lambda m: setattr(m, "offset", None),
+    "another_dtype": lambda m: setattr(m, "absmax2", frozen(m.absmax2.half())),
+    "emptied": lambda m: setattr(m.packed, "data", torch.empty(0, dtype=torch.uint8)),
+    "block_size": lambda m: setattr(m, "block_size", 48),
+}
+
+
+def frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False)
+
+
+@pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED.keys())
+@pytest.mark.parametrize("kind", [nf4.LinearNF4, nf4.QLoRALinear])
+def test_parts_that_were_replaced_and_do_not_fit_are_refused(kind, replace) -> None:
+    layer, x = make(kind), torch.randn(3, 96)
+    layer(x)
+    replace(layer)
+    with pytest.raises((TypeError, ValueError), match="q"):
+        layer(x)
 
 
 @pytest.mark.parametrize(

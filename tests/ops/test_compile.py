@@ -150,3 +150,11 @@ def test_hooks_run_and_may_change_what_they_see() -> None:
     for handle in handles:
         handle.remove()
     assert torch.equal(layer(x), plain)
+
+
+def test_functions_are_traced_with_symbols_for_sizes() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    w = torch.randn(64, 128)
+    traced = make_fx(lambda w: nf4.dequantize(nf4.quantize(w)), tracing_mode="symbolic")(w)
+    assert torch.equal(traced(w), nf4.dequantize(nf4.quantize(w)))

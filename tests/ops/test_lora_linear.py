@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import nf4
 from nf4.error import exact
@@ -150,6 +151,26 @@ def test_lora_linear_passes_opcheck(q, p) -> None:
             torch.ops.nf4.lora_linear_backward.default,
             (dy, *saved, *q.tensors(), a.detach(), b.detach(), 2.0, p, seed, 64, needs),
         )
+
+
+def test_operators_on_fragments_have_gradients_by_the_dispatcher() -> None:
+    """Whose context has flags of more arguments than the operator, and of fewer in rows."""
+    q = nf4.quantize(torch.randn(32, 128))
+    x, factor = torch.randn(3, 128, requires_grad=True), torch.ones(32, requires_grad=True)
+    a, b = torch.randn(4, 128, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    leaves = (x, a, b, factor)
+
+    def f(held):
+        return nf4.lora_linear(x, held, a, b) * nf4.linear(x, held, output_factor=factor)
+
+    for held in (q, nf4.to_fragments(q)):
+        expected = torch.autograd.grad(f(held).sum(), leaves)
+        with FlopCounterMode(display=False):
+            found = torch.autograd.grad(f(held).sum(), leaves)
+        compiled = torch.compile(lambda held=held: f(held).sum(), backend="aot_eager")
+        for grads in (found, torch.autograd.grad(compiled(), leaves)):
+            for grad, right in zip(grads, expected, strict=True):
+                torch.testing.assert_close(grad, right)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
