@@ -10,8 +10,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from nf4.functional import quantize
 from nf4.integrations.transformers.config import METHOD, NF4Config
+from nf4.integrations.transformers.empty import layers_in_files, make_empty
 from nf4.integrations.transformers.operations import (
     BITSANDBYTES,
     FromBitsandbytes,
@@ -21,31 +21,18 @@ from nf4.integrations.transformers.operations import (
 from nf4.integrations.transformers.stored import (
     Stored,
     check_stored,
-    forms_in_model,
     ignore_marks,
-    is_part,
     names_in_model,
     stored_tensors,
 )
+from nf4.integrations.transformers.ties import tie_now, tied_parts, tied_to_embeddings
 from nf4.layers.experts import PARTS as EXPERT_PARTS
-from nf4.layers.experts import ExpertsNF4, is_experts
+from nf4.layers.experts import ExpertsNF4
 from nf4.layers.linear import LinearNF4
 from nf4.layers.module import QuantizedModule, name_weights
 from nf4.models.merge import merge
-from nf4.models.quantize import (
-    quantized_layer,
-    replace_layers,
-    tie_parts,
-)
-from nf4.models.readers import read_layers
-from nf4.models.selection import (
-    dense_layers,
-    dense_weights,
-    is_below,
-    resolve_skip,
-    select_layers,
-    token_embeddings,
-)
+from nf4.models.quantize import tie_parts
+from nf4.models.selection import dense_layers, dense_weights, resolve_skip, select_layers
 from nf4.tensor import PARTS, NF4Tensor, mark
 
 # transformers asks this of a weight before it draws one; some models name a layer's from outside
@@ -126,7 +113,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         skip = resolve_skip(config.skip_modules, default)
         config.skip_modules = skip if isinstance(skip, str) else list(skip)
         if config.quantize_embeddings:
-            self._tie(model)
+            self.tied = tie_now(model, config)
         if self.pre_quantized and not self._reads_bitsandbytes and self.stored:
             self._make_stored(model)
             return
@@ -138,49 +125,15 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             f"{name}.{part}" for name, layer in layers.items() for part, _ in dense_weights(layer)
         )
         if self.pre_quantized and not self._reads_bitsandbytes:
-            self._make_empty(model, layers)
+            make_empty(model, layers, config, self.tied)
 
     def _make_stored(self, model: Any) -> None:
-        """Quantize, without values, the layers of which the files hold 4-bit weights.
-
-        The files decide, not skip_modules, which was that of the model that was saved: another head
-        may be on it now, which is dense and new.
-        """
+        """Quantize, without values, the layers of which the files hold 4-bit weights."""
         self.stored = names_in_model(self.stored, model)
-        embeddings = self.quantization_config.quantize_embeddings
-        layers = dense_layers(model, (), embeddings, also_read=True)
-        stored = {name.rpartition(".")[0] for name in self.stored if is_part(name)}
-        inside = {name.rpartition(".")[0].rpartition(".")[0] for name in stored}
-        layers = {
-            name: layer
-            for name, layer in layers.items()
-            if self.tied.get(name, name) in stored or (is_experts(layer) and name in inside)
-        }
+        layers = layers_in_files(model, self.stored, self.quantization_config, self.tied)
         self.tied = {name: source for name, source in self.tied.items() if name in layers}
-        self._make_empty(model, layers)
+        make_empty(model, layers, self.quantization_config, self.tied)
         check_stored(self.stored, model, model.all_tied_weights_keys)
-
-    def _make_empty(self, model: Any, layers: dict[str, nn.Module]) -> None:
-        """Replace layers by quantized ones on meta, whose values are to be loaded."""
-        config = self.quantization_config
-        names = {id(layer): name for name, layer in reversed(layers.items())}
-        forms = forms_in_model(config.forms or {}, model)
-
-        def empty(name: str, weight: Tensor) -> NF4Tensor:
-            form = forms.get(name, (config.block_size, config.double_quant))
-            return quantize(weight, *form)
-
-        def convert(old: nn.Module) -> nn.Module:
-            name = names[id(old)]
-            if is_experts(old):
-                return ExpertsNF4(
-                    old, lambda part, weight: LinearNF4.from_weight(empty(f"{name}.{part}", weight))
-                )
-            ((_, weight),) = dense_weights(old)
-            return quantized_layer(old, empty(name, weight))
-
-        replace_layers(model, layers, convert)
-        tie_parts(model, self.tied)
 
     def _default_skip(self, model: Any) -> list[str]:
         """Return what transformers leaves dense, but for what is tied to embeddings in 4 bits."""
@@ -188,28 +141,10 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         found = self.get_modules_to_not_convert(model, None, fp32)
         skip = {name.removesuffix(".bias") for name in found}
         if self.quantization_config.quantize_embeddings:
-            tied = [name for pair in self._ties(model) for name in pair]
+            pairs = tied_to_embeddings(model, self.quantization_config)
+            tied = [name for pair in pairs for name in pair]
             skip = {name for name in skip if not any(t.startswith(f"{name}.") for t in tied)}
         return sorted(skip)
-
-    def _ties(self, model: Any) -> list[tuple[str, str]]:
-        """Return which weights, by name, are tied to those of embeddings that are quantized."""
-        skip = resolve_skip(self.quantization_config.skip_modules, ())
-        left = {id(m) for n, m in model.named_modules() if is_below(n, skip)}
-        embeddings = token_embeddings(model) - left - read_layers(model).keys()
-        return [
-            (target, source)
-            for target, source in model.all_tied_weights_keys.items()
-            if id(model.get_submodule(source.rpartition(".")[0])) in embeddings
-        ]
-
-    def _tie(self, model: Any) -> None:
-        """Tie weights to those of the embeddings now; transformers does when all is loaded."""
-        for target, source in self._ties(model):
-            module, _, name = target.rpartition(".")
-            setattr(model.get_submodule(module), name, model.get_parameter(source))
-            self.tied[module] = source.rpartition(".")[0]
-            del model.all_tied_weights_keys[target]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.errors:
@@ -255,7 +190,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Return what `save_pretrained` writes: with a mark that only nf4 passes over."""
         state: dict[str, Any] = model.state_dict()
-        tied = {id(m) for n, m in model.named_modules() if f"{n}.packed" in _ties_of(model)}
+        tied = {id(m) for n, m in model.named_modules() if f"{n}.packed" in tied_parts(model)}
         linear = (n for n, m in model.named_modules() if type(m) is LinearNF4 and id(m) not in tied)
         inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, ExpertsNF4))
         first = next((name for name in linear if name and not name.startswith(inside)), None)
@@ -290,12 +225,6 @@ def describe(config: NF4Config, model: nn.Module) -> None:
     config.block_size, config.double_quant = usual = forms.most_common(1)[0][0]
     found = {n: (m.block_size, m.double_quant) for n, m in held.items()}
     config.forms = {n: list(form) for n, form in found.items() if form != usual} or None
-
-
-def _ties_of(model: Any) -> set[str]:
-    """Return the names of parts that are tied to others."""
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return {name for pair in ties.items() for name in pair}
 
 
 def _is_ours(conversion: Any) -> bool:
