@@ -22,9 +22,6 @@ from nf4.layers.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from nf4.layers.embedding import EmbeddingNF4
 from nf4.layers.linear import LinearNF4, QLoRALinear
 from nf4.models.adapt import disable_adapter, mixed_batch, set_adapter
-from nf4.models.kinds.adamix import add_adamix, merge_adamix
-from nf4.models.kinds.ia3 import add_ia3
-from nf4.models.kinds.lora import add_lora
 from nf4.models.merge import merge
 from nf4.models.quantize import quantize_model
 from nf4.ops.choice import explain
@@ -39,6 +36,9 @@ if TYPE_CHECKING:
     from nf4.files.export import export_checkpoint
     from nf4.files.loading import load_adapter
     from nf4.files.stream import quantize_checkpoint
+    from nf4.models.kinds.adamix import add_adamix, merge_adamix
+    from nf4.models.kinds.ia3 import add_ia3
+    from nf4.models.kinds.lora import add_lora
 
 __version__ = "0.1.0"
 __all__ = [
@@ -80,10 +80,14 @@ __all__ = [
 
 # What neither quantizes nor multiplies, and is imported when it is asked for: where it is
 _LATER = {
+    "add_adamix": "nf4.models.kinds.adamix",
+    "add_ia3": "nf4.models.kinds.ia3",
+    "add_lora": "nf4.models.kinds.lora",
     "collect_activation_stats": "nf4.error.activations",
     "expected_error": "nf4.error.theory",
     "export_checkpoint": "nf4.files.export",
     "load_adapter": "nf4.files.loading",
+    "merge_adamix": "nf4.models.kinds.adamix",
     "model_error": "nf4.error.measured",
     "quantization_error": "nf4.error.measured",
     "quantize_checkpoint": "nf4.files.stream",

@@ -3,7 +3,7 @@
 A layer computes x W^T + bias. An adapter makes of this product another one, and the next adapter
 another one of that: each `Term` gets its input x and what is beneath it, a `Product`. Folded into
 a weight, terms are applied in the same order. A new kind is one file with a term and a subclass of
-`Adapter`, such as nf4/models/kinds/ia3.py; layers, files, choice and merging know it by these.
+`Adapter`, such as nf4/adapters/ia3.py; layers, files, choice and merging know it by these.
 """
 
 from abc import abstractmethod

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from nf4.adapters.layer import AdaptedLayer, BaseChange, adapted_layers
+from nf4.adapters.targets import shortest_targets
 from nf4.adapters.term import KINDS, Adapter
 from nf4.files.adapters import (
     PREFIX,
@@ -16,7 +17,6 @@ from nf4.files.adapters import (
 from nf4.models.adapt import (
     adapter_names,
     biases_of,
-    shortest_targets,
     unwrapped,
 )
 from nf4.models.quantize import check_model, check_no_peft

@@ -1,6 +1,5 @@
 """Adapters of a whole model, of any kind: put them on, choose among them, switch them off."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from torch import nn
 
 from nf4.adapters.layer import AdaptedLayer, BaseChange, adapted_layers, check_adapter_name
 from nf4.adapters.lora import LoRA
+from nf4.adapters.targets import match_names, match_targets
 from nf4.adapters.term import Adapter, Base, base_of
 from nf4.layers.dense import AdaptedDense
 from nf4.layers.experts import ExpertsNF4, is_experts
@@ -23,7 +23,7 @@ from nf4.models.quantize import (
     replace_layers,
 )
 from nf4.models.selection import dense_layers
-from nf4.ops.checks import check_names, compile_pattern
+from nf4.ops.checks import check_names
 
 
 def find_targets(
@@ -162,19 +162,6 @@ def _all_linear(model: Any, layers: Mapping[str, nn.Module]) -> dict[str, nn.Mod
     except (AttributeError, NotImplementedError):  # none, or of several towers
         output = None
     return {name: layer for name, layer in layers.items() if layer is not output}
-
-
-def match_targets(names: Iterable[str], targets: str | Iterable[str], option: str) -> set[str]:
-    """Return the names that targets mean: an expression for the whole name, or a list of ends.
-
-    Raises:
-        TypeError: targets are no strings.
-        ValueError: targets are no regular expression.
-    """
-    if isinstance(targets, str):
-        pattern = compile_pattern(targets, option)
-        return {name for name in names if pattern.fullmatch(name)}
-    return match_names(names, check_names(targets, option))
 
 
 def put_adapters(
@@ -360,22 +347,6 @@ def freeze_base(model: nn.Module) -> None:
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
-
-
-def match_names(names: Iterable[str], targets: Iterable[str]) -> set[str]:
-    """Return the names that a list of targets means to PEFT: equal, or ending in ``.target``."""
-    targets = tuple(targets)
-    ends = tuple(f".{target}" for target in targets)
-    return {name for name in names if name in targets or name.endswith(ends)}
-
-
-def shortest_targets(names: Iterable[str], wanted: set[str]) -> list[str] | str:
-    """Return the shortest form of PEFT's target_modules that means these names and no others."""
-    names = list(names)
-    for targets in (sorted({name.rpartition(".")[2] for name in wanted}), sorted(wanted)):
-        if match_names(names, targets) == wanted:
-            return targets
-    return "|".join(re.escape(name) for name in sorted(wanted))
 
 
 def _check_known(model: nn.Module, names: Iterable[str], option: str = "adapter_name") -> None:

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 import nf4
+from nf4.adapters.adamix import AdaMix
+from nf4.adapters.ia3 import IA3
 from nf4.adapters.layer import AdaptedLayer, adapted_layers
 from nf4.adapters.term import KINDS, Adapter
 from nf4.models.adapt import layer_base, with_adapter
-from nf4.models.kinds.adamix import AdaMix
-from nf4.models.kinds.ia3 import IA3
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The kinds of adapters, a file each: what this folder holds is found, and known by its files."""
+"""What puts each kind of adapter on a model: every file here is found, and its kind then known."""
 
 import importlib
 import pkgutil
