@@ -411,8 +411,8 @@ def multiply_lora(
         replays: what a layer remembers of its weight; None to launch nothing again.
     """
     (lora_A, lora_B), (dropout_p, seed) = factors, dropout
-    trains = torch.is_grad_enabled() and any(getattr(f, "requires_grad", 0) for f in factors)
-    if replays is not None and not (trains or dropout_p) and type(scaling) in _NUMBERS:
+    again = replays is not None and not dropout_p and type(scaling) in _NUMBERS
+    if again and not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
         long = partial(multiply_lora, x, q, factors, scaling, bias)
         y = replay.product(q, replays, x, (bias, *factors), scaling, long)
         if y is not None:

@@ -1,6 +1,7 @@
 """Linear layers with adapters: which they have, which are computed, and what they come to."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,16 +99,18 @@ class AdaptedLayer(nn.Module):
             return known
         if self.adapters_disabled:
             return self.base()(input)
-        adapters = self.named_adapters()
+        base, active = self.base(), self.active_adapters
         if self.samples is not None:
-            terms = {name: adapters[name]() for name in adapters if name in self.samples}
+            adapters = self.named_adapters()
+            terms = {name: adapters[name].called() for name in adapters if name in self.samples}
             samples = [None if name is None else terms.get(name) for name in self.samples]
-            return compute_mixed(input, self.base(), samples)
-        base = self.base()
-        if len(self.active_adapters) == 1:  # what `compute` comes to
-            y: Tensor = adapters[self.active_adapters[0]]().apply(input, base, base)
+            return compute_mixed(input, base, samples)
+        if len(active) == 1 and self.adapters is not None:  # what `compute` comes to
+            adapter: Any = self.adapters[active[0]]
+            y: Tensor = adapter.called().apply(input, base, base)
             return y
-        return compute(input, base, [adapters[name]() for name in self.active_adapters])
+        adapters = self.named_adapters()
+        return compute(input, base, [adapters[name].called() for name in active])
 
     def _known(self, x: Tensor) -> Tensor | None:
         """Return the output by a shorter way, where a subclass knows one."""

@@ -288,7 +288,14 @@ class Adapter(nn.Module):
         """Return what the adapter computes now, in training or not."""
 
     def forward(self) -> Term:
-        """Return `term`: called as a module, so that hooks have brought its parameters."""
+        """Return `term`."""
+        return self.term()
+
+    def called(self) -> Term:
+        """Return `term`, called as a module where hooks bring its parameters, as offloading's."""
+        if self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__:
+            term: Term = self()
+            return term
         return self.term()
 
     def merged_term(self) -> Term:

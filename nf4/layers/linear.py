@@ -321,14 +321,16 @@ class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
 
     def _known(self, x: Tensor) -> Tensor | None:
         """Return the product with the only adapter, if its launches are known."""
-        adapter = None if torch.compiler.is_compiling() else self._alone()
+        if not self.__dict__.get("_replays") or torch.compiler.is_compiling():
+            return None
+        adapter = self._alone()
         if adapter is None:
             return None
         return self._again(x, (self.bias, adapter.lora_A, adapter.lora_B), adapter.scaling)
 
     def _alone(self) -> LoRA | None:
         """Return the only adapter that is computed, if it is plain and `replay` can know it."""
-        if len(self.active_adapters) != 1 or not self.__dict__.get("_replays"):
+        if len(self.active_adapters) != 1:
             return None
         if self.adapters_disabled or self.samples is not None or self.adapters is None:
             return None

@@ -124,12 +124,15 @@ def _in_order(arguments: Any, gradient: Gradient) -> Callable[..., Any]:
     return backward
 
 
-def _named(arguments: Any, flags: tuple[bool, ...]) -> Any:
-    """Return which arguments need a gradient, by name.
+def _named(arguments: Any, flags: tuple[Any, ...]) -> Any:
+    """Return arguments, or which of them need a gradient, by name.
 
     PyTorch's dispatcher leaves out arguments that have their defaults, and adds one of its own.
     """
-    return arguments(*flags[: len(arguments._fields)])
+    count = len(arguments._fields)
+    if len(flags) == count:  # what arguments(*flags) comes to, a call less
+        return tuple.__new__(arguments, flags)
+    return arguments(*flags[:count])
 
 
 def _keeping(arguments: Any, gradient: Gradient) -> Callable[..., None]:
@@ -138,7 +141,7 @@ def _keeping(arguments: Any, gradient: Gradient) -> Callable[..., None]:
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if gradient.keep is not None:
             needs = _named(arguments, ctx.needs_input_grad)
-            gradient.keep(ctx, needs, arguments(*inputs), output)
+            gradient.keep(ctx, needs, _named(arguments, inputs), output)
 
     return keep
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nf4.tensor import Weight
-from nf4.tools.terms import Dropout, LowRank
+from nf4.tools.terms import NO_DROPOUT, Dropout, LowRank
 
 WEIGHT = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset"
 LAYOUT = "str layout='rows'"
@@ -30,4 +30,5 @@ def weight_of(a: Any, shape: Sequence[int]) -> Weight:
 
 def low_rank_of(a: Any) -> LowRank:
     """Return the low-rank update among an operator's arguments."""
-    return LowRank(a.lora_A, a.lora_B, a.scaling, Dropout(a.dropout_p, a.seed))
+    drops = Dropout(a.dropout_p, a.seed) if a.dropout_p or a.seed is not None else NO_DROPOUT
+    return tuple.__new__(LowRank, (a.lora_A, a.lora_B, a.scaling, drops))
