@@ -99,7 +99,7 @@ class QuantizedBase(Base):
     """The same for a W in four bits, with everything that can be done in one call fused.
 
     Attributes:
-        weight: W ``[N, K]``, checked.
+        weight: W ``[N, K]``.
         bias: floating ``[N]`` or None.
         replays: what a layer remembers of products with its weight.
     """

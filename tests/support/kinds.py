@@ -101,3 +101,12 @@ def nf4_layers(model: nn.Module) -> list[nn.Module]:
 def with_kind(base: nn.Module, kind: str, **options) -> nn.Module:
     torch.manual_seed(0)
     return ADD[kind](copy.deepcopy(base), **options)
+
+
+def with_lora(base: nn.Module, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return nf4.add_lora(copy.deepcopy(base), **{"r": 4, "lora_alpha": 8, **options})
+
+
+def lora_layers(model: nn.Module) -> list[nf4.QLoRALinear]:
+    return [m for m in model.modules() if isinstance(m, nf4.QLoRALinear)]
