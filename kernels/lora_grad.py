@@ -25,7 +25,7 @@ from ..tools.terms import Dropout
 from ._aot import Variant
 from ._configs import MFMA, MMA, WGMMA, has_wgmma, is_amd, padded_rank
 from ._dropout import keep
-from ._launch import Launch
+from ._launch import Launch, spoil
 
 BLOCK_M = 64
 ADDED = 128  # elements that a program adds up
@@ -219,6 +219,7 @@ def lora_grad(
     along = torch.empty_like(v) if has_w else None
     sums = torch.empty(c, **options) if need_sums else None
     if m == 0:
+        spoil()
         return across.zero_(), along, None if sums is None else sums.zero_()
     ends = (has_w, need_sums, dropout.seed is not None, transposed)
     cut, form, add = _prepared(m, c, rank, ends, device)
@@ -229,6 +230,7 @@ def lora_grad(
     if size <= MOST_KEPT:
         parts = scratch("lora_grad parts", size, torch.float32, device)
     else:
+        spoil()  # too much for a launch to be repeated with it
         parts = torch.empty(size, **options)
     sizes = (first_along, first_sums, m, c, rank)
     threshold = dropout_threshold(dropout.p)

@@ -27,6 +27,7 @@ class _Driver:
     def __init__(self) -> None:
         self.launches = 0
         self.arguments: tuple[Any, ...] = ()  # of the last launch
+        self.kept: list[tuple[Any, ...]] | None = None  # of all launches, where a list is put here
         self.utils = SimpleNamespace(
             load_binary=lambda *binary: (1, 1, 0, 0, 1024),
             unload_module=lambda module: None,
@@ -39,6 +40,8 @@ class _Driver:
     def _launch(self, *arguments: Any) -> None:
         self.launches += 1
         self.arguments = arguments
+        if self.kept is not None:
+            self.kept.append(arguments)
 
     def get_current_device(self) -> int:
         return DEVICE

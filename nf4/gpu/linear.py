@@ -19,8 +19,13 @@ KERNELS = {"matmul": matmul, "matmul_row": matmul_row, "matmul_small": matmul_sm
 
 
 def dense_scratch(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return `shared_dense` for a library to multiply by: more than launches."""
+    spoil()
+    return shared_dense(weight, dtype)
+
+
+def shared_dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return scratch memory for a matrix made dense, good until the next call that wants some."""
-    spoil()  # a library multiplies by it
     n, k = weight.shape
     return scratch.matrix(f"dense weight, {dtype}", (n, k), dtype, weight.device)
 

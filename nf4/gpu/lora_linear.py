@@ -11,13 +11,15 @@ Nothing is computed twice; the dropout mask is made again from its seed.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as library_linear
 
-from nf4.gpu.linear import KERNELS, dense_scratch
+from nf4.gpu.linear import KERNELS, dense_scratch, shared_dense
 from nf4.gpu.plan import choose
+from nf4.gpu.sequence import Results, repeated
 from nf4.kernels._launch import spoil
 from nf4.kernels.dequantize import dequantize
 from nf4.kernels.dequantize_merge import dequantize_merge
@@ -54,12 +56,18 @@ def lora_linear(
     how = choose("lora_linear", m, weight, x.dtype, low_rank).how
     if how == "dequantize_merge":
         low_rank = _rounded(low_rank, x.dtype)
-        t = lora_down(x, low_rank.lora_A, NO_DROPOUT) if need_t else None
-        w = dequantize_merge(weight, low_rank, x.dtype, dense_scratch(weight, x.dtype))
+
+        def launch() -> Results:
+            down = lora_down(x, low_rank.lora_A, NO_DROPOUT) if need_t else None
+            return _merged(weight, low_rank, x.dtype), down
+
+        key = (m, need_t, _form(x.dtype, weight, low_rank))
+        merged, down = repeated(key, (x, *weight[:4], *low_rank[:2]), launch)
+        assert merged is not None
         if bias is None:
-            return library_linear(x, w), t
+            return library_linear(x, merged), down
         # With a bias the library returns a view, which autograd would not let be written to
-        return unflattened(library_linear(as_rows(x), w, bias.to(x.dtype)), x), t
+        return unflattened(library_linear(as_rows(x), merged, bias.to(x.dtype)), x), down
     given, x = x, as_rows(x)
     if how == "unfused":
         acc = accumulator(x.dtype)
@@ -106,29 +114,63 @@ def lora_linear_backward(
             dx = dy.to(acc) @ w.to(acc)
         dx, dbias, dA, dB = add_lora_backward(dx, dy, x, t, low_rank, needs)
         return None if dx is None else unflattened(dx, given), dbias, dA, dB
-    low_rank = _rounded(low_rank, dy.dtype)
+    low_rank, x = _rounded(low_rank, dy.dtype), None if x is None else x.contiguous()
+    if merges and needs[0]:
+
+        def launch() -> Results:
+            passes = _passes(dy, x, t, low_rank, x is not None, needs[1])
+            return _merged(weight, low_rank, dy.dtype), *passes
+
+        key = (m, needs[1], x is None, t is None, _form(dy.dtype, weight, low_rank))
+        merged, _, dbias, dA, dB = repeated(key, (dy, x, t, *weight[:4], *low_rank[:2]), launch)
+        assert merged is not None
+        return dy @ merged, dbias, dA, dB
+    u, dbias, dA, dB = _passes(dy, x, t, low_rank, x is not None or needs[0], needs[1])
+    dx = None
+    if needs[0] and u is not None:
+        w = dequantize(weight, dy.dtype, dense_scratch(weight, dy.dtype))
+        up = lora_up(u, low_rank.lora_A, 1.0, None, low_rank.dropout)
+        dx = unflattened(up.addmm_(dy, w), given)
+    return dx, dbias, dA, dB
+
+
+def _form(dtype: torch.dtype, weight: Weight, low_rank: LowRank) -> tuple[Any, ...]:
+    """Return what launches of a merged product depend on beside rows of x and what is wanted."""
+    (n, k), double_quant, lora_A = weight.shape, weight.absmax2 is not None, low_rank.lora_A
+    of_adapter = (lora_A.shape[0], lora_A.dtype, low_rank.lora_B.dtype, low_rank.scaling)
+    return dtype, n, k, weight.block_size, double_quant, *of_adapter
+
+
+def _merged(weight: Weight, low_rank: LowRank, dtype: torch.dtype) -> Tensor:
+    """Return W with the update merged in, in scratch memory."""
+    return dequantize_merge(weight, low_rank, dtype, shared_dense(weight, dtype))
+
+
+def _passes(
+    dy: Tensor,
+    x: Tensor | None,
+    t: Tensor | None,
+    low_rank: LowRank,
+    need_u: bool,
+    need_sums: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return u, dbias, dA and dB: one pass over dy, one over x."""
     lora_A, lora_B, scaling, dropout = low_rank
-    need_u = x is not None or (needs[0] and not merges)
     u = dbias = dA = dB = None
     if t is not None and lora_A.shape[0] <= max_rank(dy.device):
         wanted = lora_B if need_u else None
-        dB, u, dbias = lora_grad(dy, t, wanted, scaling, needs[1], NO_DROPOUT)
+        dB, u, dbias = lora_grad(dy, t, wanted, scaling, need_sums, NO_DROPOUT)
     elif t is not None:
         dB = _strips(dy, t, scaling, NO_DROPOUT).T.contiguous()
-    if needs[1] and dbias is None:
+    if need_sums and dbias is None:
+        spoil()
         dbias = as_rows(dy).sum(dim=0, dtype=torch.float32)
     if need_u and u is None:
+        spoil()
         u = (as_rows(dy) @ lora_B.to(dy.dtype)).mul_(scaling)
     if x is not None and u is not None:
-        dA = _strips(x.contiguous(), u, 1.0, dropout)
-    dx = None
-    if needs[0] and merges:
-        w = dequantize_merge(weight, low_rank, dy.dtype, dense_scratch(weight, dy.dtype))
-        dx = dy @ w
-    elif needs[0] and u is not None:
-        w = dequantize(weight, dy.dtype, dense_scratch(weight, dy.dtype))
-        dx = unflattened(lora_up(u, lora_A, 1.0, None, dropout).addmm_(dy, w), given)
-    return dx, dbias, dA, dB
+        dA = _strips(x, u, 1.0, dropout)
+    return u, dbias, dA, dB
 
 
 def _strips(z: Tensor, v: Tensor, scaling: float, dropout: Dropout) -> Tensor:
@@ -136,6 +178,7 @@ def _strips(z: Tensor, v: Tensor, scaling: float, dropout: Dropout) -> Tensor:
     step = max_rank(z.device)
     strips = [v]
     if v.shape[1] > step:
+        spoil()
         strips = [v[:, i : i + step].contiguous() for i in range(0, v.shape[1], step)]
     parts = [lora_grad(z, part, None, scaling, False, dropout, True)[0] for part in strips]
     return parts[0] if len(parts) == 1 else torch.cat(parts)

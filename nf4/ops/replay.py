@@ -62,10 +62,11 @@ class Replay:
         for pointer in pointers:
             if pointer & 15:
                 return None
-        for launch in self.launches:
+        launches = self.launches  # which another thread may forget
+        for launch in launches:
             if not launch(pointers):
                 return None
-        return y
+        return y if launches else None
 
 
 def share(q: NF4Tensor, replays: Replays) -> None:

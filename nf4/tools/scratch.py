@@ -56,10 +56,14 @@ def matrix(
 
 def release_scratch() -> None:
     """Free all scratch memory that nf4's kernels hold; the next call takes what it needs again."""
-    for let_go in with_release:
-        let_go()
+    _let_go()
     _buffers.clear()
     _views.clear()
+
+
+def _let_go() -> None:
+    for let_go in with_release:
+        let_go()
 
 
 def _get(purpose: str, size: int, dtype: torch.dtype, device: torch.device, zeroed: bool) -> Tensor:
@@ -71,6 +75,8 @@ def _get(purpose: str, size: int, dtype: torch.dtype, device: torch.device, zero
     key = (purpose, device, threading.get_ident())
     buffer = _buffers.get(key)
     if buffer is None or buffer.numel() < size:
+        if buffer is not None:  # what remembers it would keep it beside the new one
+            _let_go()
         # Rounded up, so that a few layers of growing sizes do not take a new one each.
         _views.pop(key, None)
         buffer = _buffers[key] = make(-(-size // 4096) * 4096, dtype=dtype, device=device)
