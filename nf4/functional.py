@@ -15,23 +15,16 @@ from nf4.ops import replay
 from nf4.ops.checks import (
     check_block_size,
     check_dequantize_out,
-    check_dropout,
-    check_floating,
-    check_linear,
-    check_lora,
-    check_no_tangent,
     check_quantize_out,
     check_scale,
-    check_seed,
     check_weight,
     check_weights,
 )
-from nf4.ops.registry import call, is_transformed, resolved
-from nf4.ops.scaled_linear import times
+from nf4.ops.products import NUMBERS, multiply, multiply_lora, multiply_scaled
+from nf4.ops.registry import call, resolved
 from nf4.reference import dequantize_absmax as reference
 from nf4.tensor import NF4Tensor, check_fragments, check_nf4, packed_shape
-from nf4.tools.rows import as_rows
-from nf4.tools.terms import NO_DROPOUT, Dropout
+from nf4.tools.terms import Dropout
 
 
 def quantize(
@@ -286,60 +279,6 @@ def linear(
     return multiply(x, q, bias) if y is None else y
 
 
-def multiply(
-    x: Tensor, q: NF4Tensor, bias: Tensor | None, replays: replay.Replays | None = None
-) -> Tensor:
-    """Do as `linear`, and launch again what a layer remembers.
-
-    Args:
-        x: as in `linear`.
-        q: the weight.
-        bias: as in `linear`.
-        replays: what a layer remembers of its weight; None to launch nothing again.
-    """
-    if replays is not None:
-        y = replay.product(q, replays, x, (bias,), None, lambda: multiply(x, q, bias))
-        if y is not None:
-            return y
-    check_linear(x, q, bias)
-    check_no_tangent(x, bias)
-    given = (_autocast(x), *q.parts(), bias, q.shape[0], q.block_size, q.layout)
-    out: Tensor = resolved("linear", given)(*given)
-    return out
-
-
-def multiply_scaled(
-    x: Tensor,
-    q: NF4Tensor,
-    bias: Tensor | None,
-    input_factor: Tensor | None = None,
-    output_factor: Tensor | None = None,
-) -> Tensor:
-    """Do as `linear` with factors."""
-    check_linear(x, q, bias)
-    n, k = q.shape
-    for name, factor, size in (
-        ("input_factor", input_factor, k),
-        ("output_factor", output_factor, n),
-    ):
-        if factor is not None:
-            check_floating(factor, name, q)
-            if factor.shape != (size,):
-                raise ValueError(f"{name}: expected shape ({size},), got {tuple(factor.shape)}")
-    check_no_tangent(x, bias, input_factor, output_factor)
-    x = _autocast(x)
-    if is_transformed():  # whose second derivatives the fused operator could not refuse
-        x = x if input_factor is None else times(x, input_factor)
-        y = linear(x, q, bias)
-        return y if output_factor is None else times(y, output_factor)
-    needs = output_factor is not None and output_factor.requires_grad and torch.is_grad_enabled()
-    rows = as_rows(x)
-    form = (needs, n, q.block_size, q.layout)
-    y, _ = call("scaled_linear", rows, *q.parts(), bias, input_factor, output_factor, *form)
-    out: Tensor = y.view(*x.shape[:-1], n)
-    return out
-
-
 def lora_linear(
     x: Tensor,
     q: NF4Tensor,
@@ -377,7 +316,7 @@ def lora_linear(
     Source: LoRA (https://arxiv.org/abs/2106.09685, section 4.1).
     """
     terms = (x, q, (lora_A, lora_B), scaling, bias)
-    plain = type(scaling) in _NUMBERS and type(dropout_p) in _NUMBERS
+    plain = type(scaling) in NUMBERS and type(dropout_p) in NUMBERS
     if plain and dropout_p == 0 and seed is None:
         others = (bias, lora_A, lora_B)
         long = partial(multiply_lora, *terms)
@@ -385,69 +324,3 @@ def lora_linear(
         if y is not None:
             return y
     return multiply_lora(*terms, Dropout(dropout_p, seed))
-
-
-_NUMBERS = (int, float)
-
-
-def multiply_lora(
-    x: Tensor,
-    q: NF4Tensor,
-    factors: tuple[Tensor, Tensor],
-    scaling: float | Tensor,
-    bias: Tensor | None,
-    dropout: Dropout = NO_DROPOUT,
-    replays: replay.Replays | None = None,
-) -> Tensor:
-    """Do as `lora_linear`, and launch again what a layer remembers.
-
-    Args:
-        x: as in `lora_linear`.
-        q: the weight.
-        factors: lora_A and lora_B.
-        scaling: as in `lora_linear`.
-        bias: as in `lora_linear`.
-        dropout: dropout_p and seed as in `lora_linear`.
-        replays: what a layer remembers of its weight; None to launch nothing again.
-    """
-    (lora_A, lora_B), (dropout_p, seed) = factors, dropout
-    again = replays is not None and not dropout_p and type(scaling) in _NUMBERS
-    if again and not (torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad)):
-        long = partial(multiply_lora, x, q, factors, scaling, bias)
-        y = replay.product(q, replays, x, (bias, *factors), scaling, long)
-        if y is not None:
-            return y
-    check_linear(x, q, bias)
-    check_lora(x, q, lora_A, lora_B, scaling)
-    check_no_tangent(x, bias, lora_A, lora_B)
-    check_dropout(dropout_p, "dropout_p")
-    if seed is not None:
-        check_seed(seed, q)
-    if dropout_p == 0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=x.device)
-    if isinstance(scaling, Tensor):
-        lora_B, scaling = times_scaling(lora_B, scaling), 1.0
-    need_t = torch.is_grad_enabled() and lora_B.requires_grad
-    low_rank = (lora_A, lora_B, float(scaling), float(dropout_p), seed)
-    given = (_autocast(x), *q.parts(), bias, *low_rank, need_t, q.block_size, q.layout)
-    out: Tensor
-    out, _ = resolved("lora_linear", given)(*given)
-    return out
-
-
-def times_scaling(lora_B: Tensor, scaling: Tensor) -> Tensor:
-    """Return lora_B times a tensor ``[]``, in fp32 or fp64, without waiting for its value."""
-    return lora_B.to(torch.promote_types(lora_B.dtype, torch.float32)) * scaling
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """Cast x as autocast casts the input of a matrix product."""
-    if not torch._C._is_any_autocast_enabled():
-        return x
-    kind = x.device.type
-    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
-        return x
-    dtype = torch.get_autocast_dtype(kind)
-    return x if x.dtype == dtype else x.to(dtype)

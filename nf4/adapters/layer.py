@@ -94,9 +94,9 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return base with active adapters, ``[..., out_features]`` in the dtype of input."""
-        known = self._known(input)
-        if known is not None:
-            return known
+        y = self._with_one(input)
+        if y is not None:
+            return y
         if self.adapters_disabled:
             return self.base()(input)
         base, active = self.base(), self.active_adapters
@@ -107,13 +107,13 @@ class AdaptedLayer(nn.Module):
             return compute_mixed(input, base, samples)
         if len(active) == 1 and self.adapters is not None:  # what `compute` comes to
             adapter: Any = self.adapters[active[0]]
-            y: Tensor = adapter.called().apply(input, base, base)
-            return y
+            found: Tensor = adapter.called().apply(input, base, base)
+            return found
         adapters = self.named_adapters()
         return compute(input, base, [adapters[name].called() for name in active])
 
-    def _known(self, x: Tensor) -> Tensor | None:
-        """Return the output by a shorter way, where a subclass knows one."""
+    def _with_one(self, x: Tensor) -> Tensor | None:
+        """Return the output by a shorter way, where a subclass has one for its only adapter."""
         return None
 
     def exact_merged(self) -> Folded:

@@ -26,8 +26,9 @@ from nf4.adapters.term import (
     low_rank_update,
     single,
 )
-from nf4.functional import dequantize_rows, times_scaling
+from nf4.functional import dequantize_rows
 from nf4.ops.checks import check_dropout, check_int, check_number
+from nf4.ops.products import times_scaling
 from nf4.ops.registry import call, define
 from nf4.ops.weight import WEIGHT, parts_of
 from nf4.tensor import NF4Tensor

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.functional import linear as dense_linear
 
-from nf4.functional import dequantize, multiply, multiply_lora, multiply_scaled
+from nf4.functional import dequantize
+from nf4.ops.products import multiply, multiply_lora, multiply_scaled
 from nf4.ops.replay import Replays
 from nf4.tensor import NF4Tensor
 from nf4.tools.terms import NO_DROPOUT, Dropout
@@ -293,10 +294,16 @@ class Adapter(nn.Module):
 
     def called(self) -> Term:
         """Return `term`, called as a module where hooks bring its parameters, as offloading's."""
-        if self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__:
+        if self.is_hooked:
             term: Term = self()
             return term
         return self.term()
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether calling the adapter does more than its `term`."""
+        hooks = self._forward_pre_hooks or self._forward_hooks
+        return bool(hooks) or "forward" in self.__dict__
 
     def merged_term(self) -> Term:
         """Return what is folded into a weight, whether the adapter is in training or not."""

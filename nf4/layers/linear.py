@@ -11,11 +11,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from nf4.adapters.layer import AdaptedLayer, check_adapter_name
 from nf4.adapters.lora import LoRA, check_lora_options
 from nf4.adapters.term import Base, Folded, QuantizedBase
-from nf4.functional import dequantize, multiply, quantize, to_fragments, to_rows
+from nf4.functional import dequantize, quantize, to_fragments, to_rows
 from nf4.layers.module import QuantizedModule
 from nf4.ops import replay
 from nf4.ops.checks import check_block_size, check_int, check_weight
 from nf4.ops.choice import wants_fragments
+from nf4.ops.products import multiply_in_layer
 from nf4.tensor import NF4Tensor, check_nf4
 
 
@@ -248,26 +249,28 @@ class LinearNF4(QuantizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ W.T + bias, ``[..., out_features]`` in the dtype of input."""
-        if not torch.compiler.is_compiling():
-            y = self._again(input, (self.bias,))
-            if y is not None:
-                return y
-        return multiply(input, self.held(), self.bias, self.replays())
+        return self.multiply(input)
 
     def base(self) -> Base:
         """Return x W^T + bias on the 4-bit weight."""
         return QuantizedBase(self.held(), self.bias, self.replays())
 
-    def _again(
-        self, x: Tensor, others: tuple[Tensor | None, ...], scaling: float | None = None
-    ) -> Tensor | None:
-        """Return the product if its launches are known; see `replay.again`."""
+    def multiply(
+        self,
+        x: Tensor,
+        factors: tuple[Tensor, Tensor] | tuple[()] = (),
+        scaling: float | None = None,
+    ) -> Tensor:
+        """Return the product, with lora_A and lora_B on it or nothing, the shortest way known."""
         replays = self.__dict__.get("_replays")
-        if not replays:
-            return None
-        own = self._parameters.get
-        parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"))
-        return replay.again(replays, parts, self.block_size, x, others, scaling)
+        if replays and not torch.compiler.is_compiling():
+            own = self._parameters.get
+            parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"))
+            others = (own("bias"), *factors)
+            y = replay.again(replays, parts, self.block_size, x, others, scaling)
+            if y is not None:
+                return y
+        return multiply_in_layer(x, self.held(), self.bias, self.replays(), factors, scaling)
 
     def merged_weight(self) -> Tensor:
         """Return the dense weight ``[out_features, in_features]`` in `dtype`."""
@@ -319,23 +322,26 @@ class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
         super().__init__(*args, **options)
         self._start_adapters()
 
-    def _known(self, x: Tensor) -> Tensor | None:
-        """Return the product with the only adapter, if its launches are known."""
-        if not self.__dict__.get("_replays") or torch.compiler.is_compiling():
-            return None
+    def _with_one(self, x: Tensor) -> Tensor | None:
+        """Return the product with the only adapter, if there is one and it is plain."""
         adapter = self._alone()
         if adapter is None:
             return None
-        return self._again(x, (self.bias, adapter.lora_A, adapter.lora_B), adapter.scaling)
+        own = adapter._parameters
+        lora_A, lora_B = own["lora_A"], own["lora_B"]
+        if lora_A is None or lora_B is None:
+            return None
+        return self.multiply(x, (lora_A, lora_B), adapter.scaling)
 
     def _alone(self) -> LoRA | None:
-        """Return the only adapter that is computed, if it is plain and `replay` can know it."""
-        if len(self.active_adapters) != 1:
+        """Return the only adapter that is computed, if it does nothing but what `multiply` can."""
+        adapters = self._modules.get("adapters")
+        if len(self.active_adapters) != 1 or adapters is None:
             return None
-        if self.adapters_disabled or self.samples is not None or self.adapters is None:
+        if self.adapters_disabled or self.samples is not None:
             return None
-        adapter = self.adapters._modules.get(self.active_adapters[0])
-        if type(adapter) is not LoRA or adapter.use_dora:
+        adapter = adapters._modules.get(self.active_adapters[0])
+        if type(adapter) is not LoRA or adapter.use_dora or adapter.is_hooked:
             return None
         return None if adapter.training and adapter.lora_dropout else adapter
 

@@ -3,15 +3,16 @@
 For a few rows and no gradient, checks, dispatch and plans cost the host several times what a launch
 does. What they come to depends on the weight, on sizes and on dtypes: so the launches of a product
 are remembered with its weight, and the next product of these sizes only fills in where x, y, bias
-and adapter lie. Whatever is unusual goes the long way: gradients, transforms, tracing, other
-streams.
+and adapter lie. Of a layer's other products, those in training above all, it is remembered that
+they passed the checks: the next one of this form goes straight to its operator. Whatever is unusual
+goes the long way: transforms, tracing, other streams.
 """
 
 import importlib
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,10 @@ from nf4.tools import scratch, streams
 MOST_ROWS = 64  # beyond which a GPU takes longer than the host
 MOST = 16  # products kept of one weight
 MOST_OF_ALL = 8192  # some 30 MB of the host
-Replays = dict[Any, "Replay | None"]  # of one weight, by what they depend on
+# Of one weight, by what they depend on; None for what is not launches alone
+Replays = dict[Any, "Replay | Checked | None"]
+Called = tuple[Callable[..., Any], tuple[Any, ...]]
+Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _known: "weakref.WeakSet[Replay]" = weakref.WeakSet()
 _of_tensors: "weakref.WeakKeyDictionary[NF4Tensor, Replays]" = weakref.WeakKeyDictionary()
 
@@ -102,17 +106,19 @@ def product(
         return None
     if torch.is_grad_enabled() and any(part.requires_grad for part in q.tensors()):
         return None  # which is refused
-    found = _key(q.layout, q.block_size, x, others, scaling)
-    if found is None:
+    form = _form(x, others)
+    if form is None or not form[2]:
         return None
-    key, given = found
+    kinds, given, _ = form
+    # The thread, for scratch memory; layout and block size, for a layer may come to hold others
+    key = (x.shape, threading.get_ident(), q.layout, q.block_size, scaling, *kinds)
     if replays is None:
         replays = replays_of(q)
     y: Tensor | None
     replay = replays.get(key, _NEW)
     if replay is None:
         return None  # not of launches alone
-    if replay is not _NEW and replay.weight == _pointers(*q.parts()):
+    if type(replay) is Replay and replay.weight == _pointers(*q.parts()):
         y = replay(x, given)
         return y
     if len(_known) >= MOST_OF_ALL:
@@ -130,13 +136,13 @@ def product(
 
 def again(
     replays: Replays,
-    parts: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    parts: Parts,
     block_size: int,
     x: Tensor,
     others: tuple[Tensor | None, ...],
     scaling: Any = None,
 ) -> Tensor | None:
-    """Return a layer's product if its launches are known, without making a tensor of its weight.
+    """Return a layer's product the way that is known, without making a tensor of its weight.
 
     Not to be called while torch.compile traces.
 
@@ -148,49 +154,115 @@ def again(
         others: bias, and the factors of an adapter.
         scaling: of the adapter.
     """
-    packed, absmax, *scales = parts
+    packed, absmax, absmax2, offset = parts
     if not replays or packed is None or absmax is None:
         return None
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parts):
+    if torch.is_grad_enabled() and any([p is not None and p.requires_grad for p in parts]):
         return None
+    form = _form(x, others)
+    if form is None:
+        return None
+    kinds, given, is_small = form
     layout = "fragments" if packed.dtype == torch.int32 else "rows"
-    found = _key(layout, block_size, x, others, scaling)
-    replay = None if found is None else replays.get(found[0])
-    if found is None or replay is None or replay.weight != _pointers(packed, absmax, *scales):
+    places = _pointers(packed, absmax, absmax2, offset)
+    if is_small:
+        replay = replays.get((x.shape, threading.get_ident(), layout, block_size, scaling, *kinds))
+        if type(replay) is Replay and replay.weight == places:
+            y = replay(x, given)
+            return y
+    checked = replays.get((packed.nbytes, x.shape[-1], layout, block_size, scaling, *kinds))
+    if type(checked) is not Checked or checked.places != places:
         return None
-    return replay(x, found[1])
+    for ref, part in zip(checked.scales, parts[1:], strict=True):
+        if ref() is not part:
+            return None
+    if layout == "fragments":
+        packed = packed.view(torch.uint8)
+    out = checked.function(x, packed, absmax, absmax2, offset, *others, *checked.tail)
+    result: Tensor = out[0] if type(out) is tuple else out
+    return result
 
 
-def _key(
-    layout: str, block_size: int, x: Tensor, others: tuple[Tensor | None, ...], scaling: Any
-) -> tuple[tuple[Any, ...], list[Tensor]] | None:
-    """Return what the launches of a product depend on, and the tensors it is given beside x.
+class Checked(NamedTuple):
+    """A layer's product whose arguments passed the checks: others of the same form do too.
 
-    None where the product has to go the long way.
+    Attributes:
+        places: where the weight's parts lay.
+        scales: absmax, absmax2 and offset, which nothing here holds: who moves a layer away wants
+            its memory.
+        function: the operator, as it is called past PyTorch's dispatcher.
+        tail: the operator's arguments after tensors.
+    """
+
+    places: tuple[int, ...]
+    scales: "tuple[Callable[[], Tensor | None], ...]"
+    function: Callable[..., Any]
+    tail: tuple[Any, ...]
+
+
+def remember(
+    replays: Replays,
+    q: NF4Tensor,
+    x: Tensor,
+    others: tuple[Tensor | None, ...],
+    scaling: Any,
+    called: Called,
+) -> None:
+    """Let `again` know a layer's product whose arguments passed the checks.
+
+    Args:
+        replays: of the layer's weight.
+        q: the weight.
+        x: its input.
+        others: bias, and the factors of an adapter.
+        scaling: of the adapter.
+        called: what computed the product, and its arguments after these tensors.
+    """
+    form = None if torch.compiler.is_compiling() else _form(x, others)
+    if form is None or type(q) is not NF4Tensor:
+        return
+    scales = tuple(_nothing if s is None else weakref.ref(s) for s in q.parts()[1:])
+    key = (q.packed.nbytes, x.shape[-1], q.layout, q.block_size, scaling, *form[0])
+    if len(replays) >= MOST:
+        replays.clear()
+    replays[key] = Checked(_pointers(*q.parts()), scales, *called)
+
+
+def _nothing() -> None:
+    """Be the reference to a part that a weight does not have."""
+
+
+def _form(
+    x: Tensor, others: tuple[Tensor | None, ...]
+) -> tuple[list[Any], list[Tensor], bool] | None:
+    """Return what products alike have in common, their weight apart.
+
+    None where a product has to go the long way. Else dtypes, shapes, device and what wants a
+    gradient; bias and the factors of an adapter, those there are; and whether the product may be
+    launches alone: few rows and no gradient.
     """
     if type(x) is not Tensor:
         return None
     device = streams.gpu_index(x)
-    if device < 0 or not x.is_contiguous() or x.is_neg() or _is_unusual(x, device):
-        return None
-    if x.numel() > MOST_ROWS * x.shape[-1]:
+    if device < 0 or not x.ndim or not x.is_contiguous() or x.is_neg() or _is_unusual(x, device):
         return None
     grad = torch.is_grad_enabled()
-    if grad and x.requires_grad:
-        return None
-    # The thread, for scratch memory; layout and block size, for a layer may come to hold others
-    key: list[Any] = [x.shape, x.dtype, scaling, layout, block_size, device, threading.get_ident()]
+    wants = grad and x.requires_grad
+    kinds: list[Any] = [x.dtype, device, wants]
     given: list[Tensor] = []
     for tensor in others:
         if tensor is None:
-            key.append(None)
+            kinds.append(None)
             continue
         plain = type(tensor) in PLAIN and tensor.is_contiguous() and not tensor.is_neg()
-        if not plain or (grad and tensor.requires_grad) or streams.gpu_index(tensor) != device:
+        if not plain or streams.gpu_index(tensor) != device:
             return None
-        key.append((tensor.dtype, tensor.shape))
+        wanted = grad and tensor.requires_grad
+        wants = wants or wanted
+        kinds.append((tensor.dtype, tensor.shape, wanted))
         given.append(tensor)
-    return tuple(key), given
+    is_small = not wants and x.numel() <= MOST_ROWS * x.shape[-1]
+    return kinds, given, is_small
 
 
 def _is_unusual(x: Tensor, device: int) -> bool:

@@ -23,8 +23,8 @@ BUDGETS = {
     "nf4.linear, M = 1": 44,
     "nf4.linear, M = 16": 44,
     "nf4.lora_linear, M = 1": 60,
-    "LinearNF4, M = 1": 61,
-    "QLoRALinear, M = 1": 98,
+    "LinearNF4, M = 1": 50,
+    "QLoRALinear, M = 1": 78,
 }
 
 

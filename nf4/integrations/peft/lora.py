@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nf4.adapters.lora import LoRATerm, weight_norm
 from nf4.adapters.term import base_of, compute, compute_mixed, fold
 from nf4.integrations.peft.merged import MergedBesideBase
+from nf4.layers.linear import does_more
 from nf4.models.merge import MergeError, merge_error
 from nf4.models.starts import initialize
 
@@ -146,6 +147,10 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         """Return base plus the active adapters, ``[..., out_features]`` in the dtype of x."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
+        alone = None if adapter_names is not None else self._alone()
+        if alone is not None:
+            lora_A, lora_B = self.lora_A[alone].weight, self.lora_B[alone].weight
+            return self.base.multiply(x, (lora_A, lora_B), self.scaling[alone])
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -164,6 +169,19 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         if self.merged_adapters:  # folded into a weight, they drop nothing
             active = [replace(adapter, dropout_p=0.0) for adapter in active]
         return compute(x, base_product, active, below)
+
+    def _alone(self) -> str | None:
+        """Return the only active adapter, if there is nothing to compute but it and the base."""
+        active: Any = self._active_adapter
+        name = active[0] if isinstance(active, list) and len(active) == 1 else active
+        if self._disable_adapters or self.merged_adapters or not isinstance(name, str):
+            return None
+        if name not in self.lora_A or self.use_dora[name] or self.lora_bias[name]:
+            return None
+        if type(self.scaling[name]) not in (int, float) or does_more(self.base_layer):
+            return None
+        dropped = self.training and isinstance(self.lora_dropout[name], nn.Dropout)
+        return None if dropped and self.lora_dropout[name].p else name
 
     def _adapter(self, name: str) -> LoRATerm:
         dropout = self.lora_dropout[name]
