@@ -266,8 +266,8 @@ class LinearNF4(QuantizedModule):
         if replays and not torch.compiler.is_compiling():
             own = self._parameters.get
             parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"))
-            others = (own("bias"), *factors)
-            y = replay.again(replays, parts, self.block_size, x, others, scaling)
+            bias = own("bias") if "bias" in self._parameters else self.bias  # may be computed
+            y = replay.again(replays, parts, self.block_size, x, (bias, *factors), scaling)
             if y is not None:
                 return y
         return multiply_in_layer(x, self.held(), self.bias, self.replays(), factors, scaling)

@@ -1,7 +1,9 @@
 """Scratch memory of the kernels: one buffer a purpose, device and thread, grown on demand.
 
 What one thread runs on a device's default stream runs in order, so that a buffer can be used again
-at once. On other streams, and while a CUDA graph is captured, every call gets memory of its own.
+at once. On other streams, and while a CUDA graph is captured, every call gets memory of its own and
+gives it back when it is done: the allocator hands it to the next call there, and so a graph of many
+layers holds one dense weight, that of the largest.
 """
 
 import math

@@ -13,8 +13,10 @@ pytest.importorskip("triton", reason="nf4's kernels need Triton")
 import nf4
 from nf4.adapters.lora import LoRA
 from nf4.bench.harness.pretended import pretended_gpu
+from nf4.gpu import sequence
 from nf4.gpu.plan import always
 from nf4.ops import products, replay
+from nf4.tools import streams
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
@@ -189,6 +191,15 @@ def test_what_has_changed_is_checked_again(name, driver, checks) -> None:
     assert len(checks) == (3 if name == "dropout" else 2)
 
 
+def test_a_bias_that_is_computed_is_added(driver, checks) -> None:
+    layer = nf4.LinearNF4.from_weight(layer_of().weight)
+    step(layer)
+    layer.bias = torch.nn.Parameter(torch.randn(32))
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", torch.nn.Tanh())
+    step(layer)
+    assert len(checks) == 2  # not what was remembered without a bias
+
+
 def test_copies_are_checked_and_nothing_holds_a_layers_memory(driver, checks) -> None:
     layer = layer_of()
     step(layer)
@@ -216,6 +227,47 @@ def test_threads_share_what_is_known(driver, checks) -> None:
     thread.start()
     thread.join()
     assert len(checks) == 1
+
+
+def test_devices_do_not_share_what_is_known(driver, checks, monkeypatch) -> None:
+    layer = layer_of()
+    step(layer)
+    known = set(sequence._known)
+    for name in ("gpu_index", "current_gpu"):
+        monkeypatch.setattr(streams, name, lambda *args: 98)
+    step(layer)
+    assert len(checks) == 2
+    new = set(sequence._known) - known
+    assert new and {device for _, device, _ in new} == {98}
+
+
+def test_a_tensor_of_another_device_than_the_current_goes_the_long_way(
+    driver, checks, monkeypatch
+) -> None:
+    layer = layer_of()
+    step(layer)
+    monkeypatch.setattr(streams, "current_gpu", lambda: 98)
+    step(layer)
+    assert len(checks) == 2
+
+
+def test_a_layer_that_is_quantized_again_is_checked_again(driver, checks) -> None:
+    layer = layer_of()
+    step(layer)
+    layer._set_weight(nf4.to_fragments(SCALES))
+    step(layer)
+    assert len(checks) == 2
+
+
+def test_a_moved_layer_is_checked_again(driver, checks) -> None:
+    layer = layer_of()
+    step(layer)
+    layer.to("meta")
+    assert not layer.__dict__.get("_replays")
+    assert layer(X.to("meta")).is_meta
+    layer.to_empty(device="cpu")
+    step(layer)
+    assert len(checks) == 3
 
 
 def test_an_adapter_with_hooks_is_called(driver) -> None:
