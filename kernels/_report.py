@@ -16,6 +16,7 @@ from . import (
     quantize_absmax,
     quantize_mse,
     repack,
+    row_group,
 )
 from ._aot import TARGETS, Report, Variant, report
 
@@ -40,6 +41,7 @@ def variants() -> list[Variant]:
         repack,
         dequantize_merge,
         matmul_row,
+        row_group,
         matmul_small,
         matmul,
         lora_down,

@@ -24,24 +24,25 @@ from ._product import add_parts, split_k_scratch
 
 
 @triton.jit
-def _lora_down_kernel(
-    x_ptr,  # float16 or bfloat16 [M, K]
-    lora_A_ptr,  # float [rank, K]
-    seed_ptr,  # int64 []
-    t_ptr,  # dtype of x [M, rank]
-    parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_M * RANK]
-    arrived_ptr,  # int32 [tiles], zeros before and after
+def down(
+    x_ptr,  # these as in _lora_down_kernel
+    lora_A_ptr,
+    seed_ptr,
+    t_ptr,
+    parts_ptr,
+    arrived_ptr,
     M,
     K,
     rank,
-    threshold,  # of 16 bits
-    kept_inverse,  # 1 / (1 - p)
+    threshold,
+    kept_inverse,
     BLOCK_M: tl.constexpr,
-    RANK: tl.constexpr,  # rank rounded up to a power of two from 16
+    RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
+    """Multiply a tile of x by A, over a share of K, and store what all shares come to."""
     pid_m, pid_k = tl.program_id(0), tl.program_id(1)
     offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     rows = tl.minimum(offs_m, M - 1)
@@ -71,6 +72,45 @@ def _lora_down_kernel(
         tl.store(t_ptrs, t.to(t_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _lora_down_kernel(
+    x_ptr,  # float16 or bfloat16 [M, K]
+    lora_A_ptr,  # float [rank, K]
+    seed_ptr,  # int64 []
+    t_ptr,  # dtype of x [M, rank]
+    parts_ptr,  # float32 [SPLIT_K, tiles, BLOCK_M * RANK]
+    arrived_ptr,  # int32 [tiles], zeros before and after
+    M,
+    K,
+    rank,
+    threshold,  # of 16 bits
+    kept_inverse,  # 1 / (1 - p)
+    BLOCK_M: tl.constexpr,
+    RANK: tl.constexpr,  # rank rounded up to a power of two from 16
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    down(
+        x_ptr,
+        lora_A_ptr,
+        seed_ptr,
+        t_ptr,
+        parts_ptr,
+        arrived_ptr,
+        M,
+        K,
+        rank,
+        threshold,
+        kept_inverse,
+        BLOCK_M,
+        RANK,
+        BLOCK_K,
+        SPLIT_K,
+        DROPOUT,
+    )
+
+
 def lora_down(x: Tensor, lora_A: Tensor, dropout: Dropout, out: Tensor | None = None) -> Tensor:
     """Return t; arguments as in nf4/reference/lora_down.py."""
     rank, k = lora_A.shape
@@ -93,7 +133,7 @@ def _prepared(
 ) -> tuple[MatmulConfig, Launch]:
     """Return the cut of x ``[m, k]``, and the launch."""
     config = lora_down_config(m, k, rank, device)
-    return config, _form(config, _block_k(rank), dropout)
+    return config, _form(config, block_k(rank), dropout)
 
 
 @forgettable
@@ -109,7 +149,7 @@ def _form(config: MatmulConfig, block_k: int, dropout: bool) -> Launch:
     return Launch(_lora_down_kernel, constants, config.num_warps, config.num_stages)
 
 
-def _block_k(rank: int) -> int:
+def block_k(rank: int) -> int:
     """Return columns of x a step: what registers take of A beside the sums."""
     return 64 if rank <= 64 else 32
 
@@ -121,8 +161,8 @@ def variants() -> list[Variant]:
         config = MatmulConfig(block_m, rank, *lora_down_warps(rank), 0, split_k=4)
         return Variant(
             f"lora_down, {block_m} rows, rank {rank}" + (", dropout" if dropout else ""),
-            _form(config, _block_k(rank), dropout),
-            block_m * _block_k(rank),
+            _form(config, block_k(rank), dropout),
+            block_m * block_k(rank),
             indivisible=("M", "rank"),
             targets=MATRIX,
         )

@@ -109,34 +109,36 @@ def _finish(
 
 
 @triton.jit
-def _matmul_row_kernel(
-    x_ptr,  # float16 or bfloat16 [M, K]
-    words_ptr,  # int32 [N / 16, K / 64, 128], or their bytes
-    absmax_ptr,  # uint8 codes [K / 256, N, 4]
-    absmax2_ptr,  # float32 [ceil(blocks / 256)]
-    offset_ptr,  # float32 []
-    map_ptr,  # float32 [256]
-    levels_ptr,  # float32 [16]
-    t_ptr,  # dtype of x [M, rank]
-    lora_B_ptr,  # float [N, rank], rounded to the dtype of x
-    bias_ptr,  # float [N]
-    factor_ptr,  # float [N]
-    y_ptr,  # dtype of x [M, N]
+def row_product(
+    x_ptr,  # these as in _matmul_row_kernel
+    words_ptr,
+    absmax_ptr,
+    absmax2_ptr,
+    offset_ptr,
+    map_ptr,
+    levels_ptr,
+    t_ptr,
+    lora_B_ptr,
+    bias_ptr,
+    factor_ptr,
+    y_ptr,
+    first_row,  # of W, of 16
     N,
     K,
     rank,
     scaling,
     M: tl.constexpr,
-    SHARES: tl.constexpr,  # of K, one a warp
-    STEPS: tl.constexpr,  # groups of 256 columns that a share has at most
-    EVEN: tl.constexpr,  # whether all shares have as many
-    RANK: tl.constexpr,  # 0, or rank rounded up to a power of two from 16
+    SHARES: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN: tl.constexpr,
+    RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):
+    """Multiply rows of x by 16 rows of W, and store them."""
     # Tensors [SHARES, g, t, r, h], see nf4/reference/repack.py; those of rows have no h
-    groups, first_row = K // 256, tl.program_id(0) * 16
+    groups = K // 256
     shares = tl.arange(0, SHARES)
     begin = (groups * shares // SHARES)[:, None, None, None]
     end = (groups * (shares + 1) // SHARES)[:, None, None, None]
@@ -195,6 +197,62 @@ def _matmul_row_kernel(
         )
 
 
+@triton.jit
+def _matmul_row_kernel(
+    x_ptr,  # float16 or bfloat16 [M, K]
+    words_ptr,  # int32 [N / 16, K / 64, 128], or their bytes
+    absmax_ptr,  # uint8 codes [K / 256, N, 4]
+    absmax2_ptr,  # float32 [ceil(blocks / 256)]
+    offset_ptr,  # float32 []
+    map_ptr,  # float32 [256]
+    levels_ptr,  # float32 [16]
+    t_ptr,  # dtype of x [M, rank]
+    lora_B_ptr,  # float [N, rank], rounded to the dtype of x
+    bias_ptr,  # float [N]
+    factor_ptr,  # float [N]
+    y_ptr,  # dtype of x [M, N]
+    N,
+    K,
+    rank,
+    scaling,
+    M: tl.constexpr,
+    SHARES: tl.constexpr,  # of K, one a warp
+    STEPS: tl.constexpr,  # groups of 256 columns that a share has at most
+    EVEN: tl.constexpr,  # whether all shares have as many
+    RANK: tl.constexpr,  # 0, or rank rounded up to a power of two from 16
+    HAS_BIAS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+):
+    row_product(
+        x_ptr,
+        words_ptr,
+        absmax_ptr,
+        absmax2_ptr,
+        offset_ptr,
+        map_ptr,
+        levels_ptr,
+        t_ptr,
+        lora_B_ptr,
+        bias_ptr,
+        factor_ptr,
+        y_ptr,
+        tl.program_id(0) * 16,
+        N,
+        K,
+        rank,
+        scaling,
+        M,
+        SHARES,
+        STEPS,
+        EVEN,
+        RANK,
+        HAS_BIAS,
+        HAS_FACTOR,
+        SHUFFLE,
+    )
+
+
 def takes(k: int, block_size: int) -> bool:
     """Return whether the kernel takes double-quantized weights of K columns."""
     return k % GROUP == 0 and block_size == 64
@@ -216,21 +274,18 @@ def matmul_row(x: Tensor, weight: Weight, epilogue: Epilogue = PLAIN_SUMS) -> Te
     return y
 
 
+def cut(k: int) -> dict[str, int]:
+    """Return how K is cut, by the kernel's constants."""
+    groups = k // GROUP
+    shares = min(SHARES, 1 << (groups.bit_length() - 1))
+    return {"SHARES": shares, "STEPS": -(-groups // shares), "EVEN": groups % shares == 0}
+
+
 @forgettable
 @lru_cache
 def _form(m: int, k: int, padded: int, has_bias: bool, has_factor: bool) -> Launch:
-    groups = k // GROUP
-    shares = min(SHARES, 1 << (groups.bit_length() - 1))
-    constants = {
-        "M": m,
-        "SHARES": shares,
-        "STEPS": -(-groups // shares),
-        "EVEN": groups % shares == 0,
-        "RANK": padded,
-        "HAS_BIAS": has_bias,
-        "HAS_FACTOR": has_factor,
-    }
-    return Launch(_matmul_row_kernel, constants, shares, 1)
+    ends = {"RANK": padded, "HAS_BIAS": has_bias, "HAS_FACTOR": has_factor}
+    return Launch(_matmul_row_kernel, {"M": m, **cut(k), **ends}, cut(k)["SHARES"], 1)
 
 
 def variants() -> list[Variant]:

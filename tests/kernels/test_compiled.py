@@ -45,6 +45,9 @@ BUDGETS = {
     "matmul_row, 1 rows, rank 0": 5.8,
     "matmul_row, 1 rows, rank 16": 6.2,
     "matmul_row, 2 rows, rank 16": 8.8,
+    "row_group, 1 rows, rank 0": 6.1,
+    "row_group, 2 rows, rank 16": 9.2,
+    "row_group, down, rank 16": 9.6,
     "matmul_small, 16×64, unrolled 4, split 1, rank 0": 4.9,
     "matmul_small, 32×64, unrolled 4, split 1, rank 0": 5.2,
     "matmul_small, 64×64, unrolled 4, split 1, rank 0": 5.8,
@@ -85,7 +88,7 @@ BUDGETS = {
     "lora_grad, adding up": 31.5,  # per element of the 32 parts it adds up
 }
 # Whose loops do not wait for scales, but for those of blocks that are no group of four codes
-AHEAD = ("matmul_row", "matmul_small")
+AHEAD = ("matmul_row", "row_group", "matmul_small")
 COMPILATIONS = _report.compilations()
 
 

@@ -17,6 +17,7 @@ from ptx_values import BITS, U, UnknownInstruction, evaluate, from_float, low_bi
 
 # What LLVM leaves undefined, bytes that a prmt does not select for example, reads as this.
 GARBAGE = 0x7FEDCBA97FEDCBA9
+PARAMETERS = 0x1000  # where parameters lie in their own memory, eight bytes each
 
 
 class PtxError(Exception):
@@ -96,6 +97,8 @@ class Machine(TensorCores):
             return value
         if operand.name == "global_smem":
             return self.full(0)
+        if operand.name in self.arguments:  # where a parameter lies
+            return self.full(PARAMETERS + 8 * list(self.arguments).index(operand.name))
         if operand.name.startswith("%") and "." not in operand.name:
             return self.full(GARBAGE)
         raise PtxError(f"undefined {operand.name}")
@@ -179,7 +182,15 @@ class Machine(TensorCores):
         bits = BITS[op[-1]]
         if op[1] == "param":
             assert isinstance(a[1], Address) and isinstance(a[1].base, Register)
-            self.set(a[0], self.full(self.arguments[a[1].base.name]), on, bits)
+            name = a[1].base.name
+            if name in self.arguments:
+                self.set(a[0], self.full(self.arguments[name]), on, bits)
+                return
+            values = np.array(list(self.arguments.values()), U)
+            at = self.address(a[1]) - U(PARAMETERS)
+            if (at[on] % U(8)).any() or (at[on] // U(8) >= len(values)).any():
+                raise PtxError("an address of no parameter")
+            self.set(a[0], values[np.where(on, at // U(8), 0).astype(np.int64)], on, bits)
             return
         names, size = self.vector(a[0]), bits // 8
         load = self.load_global if "global" in op else self.load_shared
