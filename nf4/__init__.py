@@ -20,7 +20,8 @@ from nf4.functional import (
 from nf4.integrations.lazy import import_with
 from nf4.layers.bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from nf4.layers.embedding import EmbeddingNF4
-from nf4.layers.linear import LinearNF4, QLoRALinear
+from nf4.layers.linear import LinearNF4
+from nf4.layers.qlora import QLoRALinear
 from nf4.models.adapt import disable_adapter, mixed_batch, set_adapter
 from nf4.models.merge import merge
 from nf4.models.quantize import quantize_model
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from nf4.files.export import export_checkpoint
     from nf4.files.loading import load_adapter
     from nf4.files.stream import quantize_checkpoint
+    from nf4.models.fuse import fuse_projections, unfuse_projections
     from nf4.models.kinds.adamix import add_adamix, merge_adamix
     from nf4.models.kinds.ia3 import add_ia3
     from nf4.models.kinds.lora import add_lora
@@ -57,6 +59,7 @@ __all__ = [
     "explain",
     "export_checkpoint",
     "from_bitsandbytes",
+    "fuse_projections",
     "linear",
     "load_adapter",
     "lora_linear",
@@ -75,6 +78,7 @@ __all__ = [
     "to_bitsandbytes",
     "to_fragments",
     "to_rows",
+    "unfuse_projections",
 ]
 
 
@@ -86,12 +90,14 @@ _LATER = {
     "collect_activation_stats": "nf4.error.activations",
     "expected_error": "nf4.error.theory",
     "export_checkpoint": "nf4.files.export",
+    "fuse_projections": "nf4.models.fuse",
     "load_adapter": "nf4.files.loading",
     "merge_adamix": "nf4.models.kinds.adamix",
     "model_error": "nf4.error.measured",
     "quantization_error": "nf4.error.measured",
     "quantize_checkpoint": "nf4.files.stream",
     "save_adapter": "nf4.files.checkpoint",
+    "unfuse_projections": "nf4.models.fuse",
 }
 
 

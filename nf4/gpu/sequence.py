@@ -32,7 +32,7 @@ class _Known(NamedTuple):
 
     launches: list[Recorded]
     first: Tensor
-    forms: list[tuple[torch.Size, torch.dtype] | None]
+    forms: list[tuple[tuple[int, ...], torch.dtype] | None]
     device: torch.device
 
     def again(self, given: Sequence[Tensor | None]) -> Results | None:
@@ -100,7 +100,7 @@ def _keep(
         return  # two lie in one place, and which is meant where cannot be told
     if len(_known) >= MOST:
         _known.clear()
-    forms = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in new]
+    forms = [None if tensor is None else (tuple(tensor.shape), tensor.dtype) for tensor in new]
     for launch in launches:
         launch.moving(moving, ())
     _known[key] = _Known(launches, first, forms, first.device)

@@ -13,7 +13,8 @@ from nf4.adapters.targets import match_names, match_targets
 from nf4.adapters.term import Adapter, Base, base_of
 from nf4.layers.dense import AdaptedDense
 from nf4.layers.experts import ExpertsNF4, is_experts
-from nf4.layers.linear import AdaptedLinearNF4, LinearNF4, QLoRALinear, dense_weight
+from nf4.layers.linear import LinearNF4, dense_weight
+from nf4.layers.qlora import AdaptedLinearNF4, QLoRALinear
 from nf4.models.hosts import tell_hosts
 from nf4.models.quantize import (
     Model,

@@ -11,7 +11,7 @@ goes the long way: transforms, tracing, other streams.
 import importlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,8 @@ class Replay:
     """
 
     def __init__(self, q: NF4Tensor, given: tuple[Tensor, ...], y: Tensor, launches: Any) -> None:
-        self.weight, self.shape = _pointers(*q.parts()), y.shape
+        self.weight: Sequence[int] = _pointers(*q.parts())
+        self.shape = tuple(y.shape)  # which takes less to make a tensor of
         moving = [tensor.data_ptr() for tensor in (y, *given)]
         self.launches = [launch.moving(moving, self.weight) for launch in launches]
         _known.add(self)
@@ -63,14 +64,43 @@ class Replay:
         """Launch again, and return y; None if that cannot be."""
         y = x.new_empty(self.shape)
         pointers = [y.data_ptr(), x.data_ptr(), *[tensor.data_ptr() for tensor in given]]
+        return y if self.launched(pointers) else None
+
+    def launched(self, pointers: list[int]) -> bool:
+        """Launch again with what moves lying there, and return whether that could be."""
         for pointer in pointers:
             if pointer & 15:
-                return None
+                return False
         launches = self.launches  # which another thread may forget
         for launch in launches:
             if not launch(pointers):
-                return None
-        return y if launches else None
+                return False
+        return bool(launches)
+
+
+class GroupReplay(Replay):
+    """The launches of the products of one input with several weights.
+
+    Args:
+        weight: where the parts of all weights lay.
+        ys: the products.
+        given: the input, and what else may lie elsewhere later.
+        launches: as recorded.
+    """
+
+    def __init__(
+        self, weight: list[int], ys: list[Tensor], given: list[Tensor], launches: Any
+    ) -> None:
+        self.weight, self.shapes = weight, [tuple(y.shape) for y in ys]
+        moving = [tensor.data_ptr() for tensor in (*ys, *given)]
+        self.launches = [launch.moving(moving, weight) for launch in launches]
+        _known.add(self)
+
+    def products(self, x: Tensor, given: list[Tensor]) -> list[Tensor] | None:
+        """Launch again, and return the products; None if that cannot be."""
+        ys = [x.new_empty(shape) for shape in self.shapes]
+        pointers = [tensor.data_ptr() for tensor in (*ys, x, *given)]
+        return ys if self.launched(pointers) else None
 
 
 def share(q: NF4Tensor, replays: Replays) -> None:
@@ -106,7 +136,7 @@ def product(
         return None
     if torch.is_grad_enabled() and any(part.requires_grad for part in q.tensors()):
         return None  # which is refused
-    form = _form(x, others)
+    form = form_of(x, others)
     if form is None or not form[2]:
         return None
     kinds, given, _ = form
@@ -159,7 +189,7 @@ def again(
         return None
     if torch.is_grad_enabled() and any([p is not None and p.requires_grad for p in parts]):
         return None
-    form = _form(x, others)
+    form = form_of(x, others)
     if form is None:
         return None
     kinds, given, is_small = form
@@ -218,7 +248,7 @@ def remember(
         scaling: of the adapter.
         called: what computed the product, and its arguments after these tensors.
     """
-    form = None if torch.compiler.is_compiling() else _form(x, others)
+    form = None if torch.compiler.is_compiling() else form_of(x, others)
     if form is None or type(q) is not NF4Tensor:
         return
     scales = tuple(_nothing if s is None else weakref.ref(s) for s in q.parts()[1:])
@@ -232,8 +262,8 @@ def _nothing() -> None:
     """Be the reference to a part that a weight does not have."""
 
 
-def _form(
-    x: Tensor, others: tuple[Tensor | None, ...]
+def form_of(
+    x: Tensor, others: Sequence[Tensor | None], any_stream: bool = False
 ) -> tuple[list[Any], list[Tensor], bool] | None:
     """Return what products alike have in common, their weight apart.
 
@@ -246,6 +276,8 @@ def _form(
     device = streams.gpu_index(x)
     if device < 0 or not x.ndim or not x.is_contiguous() or x.is_neg() or _is_unusual(x, device):
         return None
+    if not any_stream and streams.current_stream(device) != 0:
+        return None  # a CUDA graph may be captured
     grad = torch.is_grad_enabled()
     wants = grad and x.requires_grad
     kinds: list[Any] = [x.dtype, device, wants]
@@ -266,7 +298,7 @@ def _form(
 
 
 def _is_unusual(x: Tensor, device: int) -> bool:
-    """Return whether anybody wants to see operators, change dtypes, or have launches elsewhere."""
+    """Return whether anybody wants to see operators, change dtypes, or compute elsewhere."""
     casts = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cuda")
     return (
         (casts and torch.get_autocast_dtype("cuda") != x.dtype)
@@ -275,7 +307,6 @@ def _is_unusual(x: Tensor, device: int) -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or device != streams.current_gpu()
-        or not streams.is_default_stream(device)
     )
 
 

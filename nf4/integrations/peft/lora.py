@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nf4.adapters.lora import LoRATerm, weight_norm
 from nf4.adapters.term import base_of, compute, compute_mixed, fold
 from nf4.integrations.peft.merged import MergedBesideBase
+from nf4.layers.group import Alone, Group
 from nf4.layers.linear import does_more
 from nf4.models.merge import MergeError, merge_error
 from nf4.models.starts import initialize
@@ -147,10 +148,11 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         """Return base plus the active adapters, ``[..., out_features]`` in the dtype of x."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
-        alone = None if adapter_names is not None else self._alone()
+        alone = None if adapter_names is not None else self.alone()
         if alone is not None:
-            lora_A, lora_B = self.lora_A[alone].weight, self.lora_B[alone].weight
-            return self.base.multiply(x, (lora_A, lora_B), self.scaling[alone])
+            group: Group | None = self.__dict__.get("_group")
+            y = None if group is None else group.product(self, x)
+            return self.base.multiply(x, alone.factors, alone.scaling) if y is None else y
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -170,7 +172,15 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
             active = [replace(adapter, dropout_p=0.0) for adapter in active]
         return compute(x, base_product, active, below)
 
-    def _alone(self) -> str | None:
+    def alone(self) -> Alone | None:
+        """Return what the layer computes if that is its base and one plain adapter."""
+        name = self._only()
+        if name is None:
+            return None
+        factors = (self.lora_A[name].weight, self.lora_B[name].weight)
+        return Alone(self.base, factors, self.scaling[name])
+
+    def _only(self) -> str | None:
         """Return the only active adapter, if there is nothing to compute but it and the base."""
         active: Any = self._active_adapter
         name = active[0] if isinstance(active, list) and len(active) == 1 else active
