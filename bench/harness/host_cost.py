@@ -36,6 +36,7 @@ CALLS = 5000
 LAYERS = 16  # of a stack, so that what a step costs beside them is shared
 # What PyTorch's own product costs the host, a small one in fp32, which no library is asked for
 LINEAR = "torch.nn.functional.linear"
+MANY = "M = 2048"  # rows
 ONCE = """
 import time
 begin = time.perf_counter()
@@ -65,8 +66,10 @@ def microseconds(function: Callable[[], Any], calls: int = CALLS) -> float:
 
 
 def rows(calls: int = CALLS) -> dict[str, float]:
-    """Return each call and its cost in microseconds; needs Triton."""
+    """Return calls and their cost in microseconds; needs Triton."""
     timed = functions()
+    if not torch.cuda.is_available():  # where a CPU would compute the library's product
+        timed = {name: function for name, function in timed.items() if MANY not in name}
     with _gpu(), torch.no_grad():
         return {name: microseconds(function, calls) for name, function in timed.items()}
 
@@ -75,7 +78,10 @@ def counts() -> dict[str, int]:
     """Return how many functions, of Python and built in, each call enters, once warm."""
     counted = functions()
     with pretended.pretended_gpu(), torch.no_grad():
-        return {name: entered(function) for name, function in counted.items()}
+        for function in counted.values():
+            function()
+            function()  # the first may have prepared its launches
+        return {name: pretended.entered(function) for name, function in counted.items()}
 
 
 def does() -> dict[str, pretended.Counts]:
@@ -102,25 +108,12 @@ def _gpu() -> AbstractContextManager[Any]:
     return nullcontext() if torch.cuda.is_available() else pretended.pretended_gpu()
 
 
-def entered(function: Callable[[], Any]) -> int:
-    """Return how many functions a call enters, itself not counted."""
-    function()
-    function()  # the first may have prepared its launches
-    events: list[str] = []
-    sys.setprofile(lambda frame, event, argument: events.append(event))
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return sum(event in ("call", "c_call") for event in events) - 2  # function, and setprofile
-
-
 def functions() -> dict[str, Callable[[], Any]]:
     """Return the calls, small ones, by name."""
     device = _device()
     w = torch.randn(256, 256, dtype=torch.bfloat16, device=device)
     x = torch.randn(16, 256, dtype=torch.bfloat16, device=device)
-    row = x[:1].clone()
+    row, many = x[:1].clone(), x.repeat(128, 1)
     q = nf4.quantize(w)
     f = nf4.to_fragments(q)
     frozen = nf4.LinearNF4.from_weight(f)
@@ -142,7 +135,10 @@ def functions() -> dict[str, Callable[[], Any]]:
         "nf4.dequantize, out=": lambda: nf4.dequantize(q, out=out),
         "nf4.linear, M = 1": lambda: nf4.linear(row, f),
         "nf4.linear, M = 16": lambda: nf4.linear(x, f),
+        f"nf4.linear, {MANY}": lambda: nf4.linear(many, f),
         "nf4.lora_linear, M = 1": lambda: nf4.lora_linear(row, f, a, b, 2.0),
+        "nf4.lora_linear, M = 16": lambda: nf4.lora_linear(x, f, a, b, 2.0),
+        f"nf4.lora_linear, {MANY}": lambda: nf4.lora_linear(many, f, a, b, 2.0),
         "LinearNF4, M = 1": lambda: frozen(row),
         "QLoRALinear, M = 1": lambda: adapted(row),
     }
@@ -154,6 +150,8 @@ def steps(count: int) -> dict[str, Callable[[], None]]:
     if importlib.util.find_spec("peft") is not None:
         found["PEFT on LinearNF4, a step"] = _step(_stack("nf4 and PEFT", count))
         found["PEFT on torch.nn.Linear, a step"] = _step(_stack("PEFT", count))
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            found["PEFT on bitsandbytes, a step"] = _step(_stack("bitsandbytes and PEFT", count))
     return found
 
 
@@ -168,6 +166,8 @@ def _stack(kind: str, count: int) -> nn.Module:
             layer = nf4.QLoRALinear.from_linear(dense, r=16).to_fragments()
         elif kind == "nf4 and PEFT":
             layer = nf4.LinearNF4.from_linear(dense).to_fragments()
+        elif kind == "bitsandbytes and PEFT":
+            layer = _of_bitsandbytes(dense)
         made.append(layer)
     stack = nn.Sequential(*made)
     if "PEFT" in kind:
@@ -177,6 +177,20 @@ def _stack(kind: str, count: int) -> nn.Module:
         names = [str(i) for i in range(count)]
         inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=names), stack)
     return stack.train()
+
+
+def _of_bitsandbytes(dense: nn.Linear) -> nn.Module:
+    """Return bitsandbytes' layer; on a CPU it computes, where ours only pretend to."""
+    import bitsandbytes
+
+    layer: Any = bitsandbytes.nn.Linear4bit(
+        64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        dense.weight.detach().cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    moved: nn.Module = layer.to(_device())
+    return moved
 
 
 def _step(stack: nn.Module) -> Callable[[], None]:
@@ -212,10 +226,14 @@ def once() -> dict[str, float]:
 
 def tables(found: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    cost = {**found["calls"], **found["layers"]}
-    names = ("launches", "operators", "allocations")
+    cost = {name: None for name in found["does"]} | found["calls"] | found["layers"]
+    names = ("launches", "operators", "allocations", "frames")
     calls = [
-        [name, f"{us:.1f}", *(str(found["does"][name][what]) for what in names)]
+        [
+            name,
+            "" if us is None else f"{us:.1f}",
+            *(str(found["does"][name].get(what, "")) for what in names),
+        ]
         for name, us in cost.items()
     ]
     once = [[name, f"{ms:.0f}"] for name, ms in found["once"].items()]

@@ -5,6 +5,7 @@ own operators, all but what the driver does. Results are left over from memory, 
 nothing. What is counted is the same on every machine.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,11 +85,13 @@ class Counts:
         launches: of our kernels.
         operators: of PyTorch's, not counting those that others are made of.
         allocations: of memory.
+        frames: functions of Python that are entered, PyTorch's own too.
     """
 
     launches: int
     operators: int
     allocations: int
+    frames: int
 
 
 def counts(function: Callable[[], Any], driver: _Driver) -> Counts:
@@ -101,7 +104,20 @@ def counts(function: Callable[[], Any], driver: _Driver) -> Counts:
     events = [event for event in found.events() if event.name.startswith("aten::")]
     outer = [event for event in events if not _inside(event)]
     made = [event for event in events if event.name in ("aten::empty", "aten::empty_strided")]
-    return Counts(driver.launches - before, len(outer), len(made))
+    launches = driver.launches - before
+    return Counts(launches, len(outer), len(made), entered(function, ("call",)))
+
+
+def entered(function: Callable[[], Any], events: tuple[str, ...] = ("call", "c_call")) -> int:
+    """Return how many functions a call enters once warm, of Python and built in; itself is none."""
+    found: list[str] = []
+    sys.setprofile(lambda frame, event, argument: found.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    # This very function, and setprofile
+    return sum(event in events for event in found) - sum(e in events for e in ("call", "c_call"))
 
 
 def _inside(event: Any) -> bool:
