@@ -1,4 +1,4 @@
-"""Memory for large results: new pages cost more than what is computed into them."""
+"""Memory for large results, whose new pages cost more than what is computed into them; arrays."""
 
 import ctypes
 import math
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,42 @@ def new_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         pages = (tensor.data_ptr() + size - begin) // mmap.PAGESIZE
         advise(begin, pages * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)  # may be refused: only slower then
     return tensor
+
+
+_KINDS = {
+    torch.bool: "|b1",
+    torch.uint8: "|u1",
+    torch.uint16: "<u2",
+    torch.int32: "<i4",
+    torch.int64: "<i8",
+    torch.float16: "<f2",
+    torch.float32: "<f4",
+    torch.float64: "<f8",
+}
+
+
+class _Lent:
+    """A tensor's memory, as numpy asks for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor  # what holds the memory
+        self.__array_interface__ = lent = {
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "typestr": _KINDS[tensor.dtype],
+            "version": 3,
+        }
+        if not tensor.is_contiguous():
+            size = tensor.element_size()
+            lent["strides"] = tuple([size * stride for stride in tensor.stride()])
+
+
+def array_of(tensor: Tensor) -> Any:
+    """Return a tensor on a CPU as an array over its memory.
+
+    ``Tensor.numpy`` would forbid anybody to resize that memory later, as sharded training does.
+    """
+    return np.asarray(_Lent(tensor))
 
 
 @lru_cache

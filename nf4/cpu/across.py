@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nf4.cpu._lanes import outer_sums
-from nf4.cpu._memory import new_empty
+from nf4.cpu._memory import array_of, new_empty
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 
@@ -54,8 +54,8 @@ def across(a: Tensor, b: Tensor) -> Tensor:
     if r % _GROUP:
         padded = torch.nn.functional.pad(padded, (0, _GROUP - r % _GROUP))
     out = new_empty((padded.shape[1], b.shape[1]), torch.float32)
-    words = b.contiguous().view(torch.uint16).numpy().view(np.uint32)
+    words = array_of(b.contiguous().view(torch.uint16)).view(np.uint32)
     tiles = range(b.shape[1] // TILE)
     grain = -(-GRAIN // (rows * padded.shape[1] * TILE))
-    spread(_share, tiles, grain, padded.contiguous().numpy(), words, out.numpy())
+    spread(_share, tiles, grain, array_of(padded.contiguous()), words, array_of(out))
     return out[:r] if r % _GROUP else out

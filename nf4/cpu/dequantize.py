@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, absmax_map, nf4_levels
 from nf4.cpu._lanes import BF16, FP16, FP32, expand_block
-from nf4.cpu._memory import new_empty
+from nf4.cpu._memory import array_of, new_empty
 from nf4.cpu._threads import fork, spread
 from nf4.reference.repack import repack
 from nf4.tensor import Weight
@@ -96,7 +96,7 @@ _NO_SCALES, _NO_CODES = np.empty(0, np.float32), np.empty(0, np.uint8)
 
 def _array(tensor: Tensor) -> Any:
     """Return a tensor as a flat array, without a copy if it is contiguous."""
-    return tensor.detach().contiguous().numpy().reshape(-1)
+    return array_of(tensor.detach().contiguous()).reshape(-1)
 
 
 @forgettable
@@ -173,7 +173,7 @@ def _run(
         weight.block_size // 2,
         _CODES.get(dtype, FP32),
         form,
-        (out.view(torch.uint16) if as_bf16 else out).numpy(),
+        array_of(out.view(torch.uint16) if as_bf16 else out),
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nf4.cpu._memory import new_empty
+from nf4.cpu._memory import array_of, new_empty
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 from nf4.tools.dropout import dropout_threshold
@@ -58,7 +58,7 @@ def dropout_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
     key = np.uint64(int(seed) & (1 << 64) - 1)
     threshold = np.uint64(dropout_threshold(p))
     count = -(-flat.numel() // (8 * _LANES))
-    spread(_share, range(count), GRAIN // _LANES, key, threshold, flat.numpy())
+    spread(_share, range(count), GRAIN // _LANES, key, threshold, array_of(flat))
     return kept
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nf4.codebook import SMALLEST_ABSMAX, nf4_thresholds
 from nf4.cpu._lanes import encode_block
-from nf4.cpu._memory import new_empty
+from nf4.cpu._memory import array_of, new_empty
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 
@@ -83,9 +83,9 @@ def quantize(
     for begin in range(0, n, step):
         slab = x[begin : begin + step].contiguous()
         if w.dtype == torch.bfloat16:
-            fp32, bf16 = none32, slab.view(torch.uint16).numpy()
+            fp32, bf16 = none32, array_of(slab.view(torch.uint16))
         else:
-            fp32, bf16 = slab.float().numpy(), none16
+            fp32, bf16 = array_of(slab.float()), none16
         spread(
             _share,
             range(-(-slab.numel() // block_size)),
@@ -94,7 +94,7 @@ def quantize(
             bf16,
             thresholds,
             block_size,
-            packed[begin // 2 :].numpy(),
-            absmax[begin // block_size :].numpy(),
+            array_of(packed[begin // 2 :]),
+            array_of(absmax[begin // block_size :]),
         )
     return (packed, absmax) if out is None else (out[0].copy_(packed), out[1].copy_(absmax))

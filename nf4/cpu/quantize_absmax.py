@@ -13,6 +13,7 @@ from nf4.codebook import (
     SMALLEST_ABSMAX,
     absmax_thresholds,
 )
+from nf4.cpu._memory import array_of
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 
@@ -61,7 +62,7 @@ def quantize_absmax(
     absmax = absmax.detach().contiguous()
     blocks = absmax.numel()
     # By numpy, on this thread: waking PyTorch's costs more than the sum
-    total = absmax.numpy().sum(dtype=np.float64)
+    total = array_of(absmax).sum(dtype=np.float64)
     offset = torch.tensor(total / max(blocks, 1), dtype=torch.float32, device="cpu")
     codes = torch.empty(blocks, dtype=torch.uint8, device="cpu")
     absmax2 = torch.empty(-(-blocks // ABSMAX_BLOCK_SIZE), dtype=torch.float32, device="cpu")
@@ -69,11 +70,11 @@ def quantize_absmax(
         _share,
         range(len(absmax2)),
         GRAIN,
-        absmax.numpy(),
+        array_of(absmax),
         np.float32(offset.item()),
         absmax_thresholds(torch.device("cpu")).numpy(),
-        codes.numpy(),
-        absmax2.numpy(),
+        array_of(codes),
+        array_of(absmax2),
     )
     if out is None:
         return codes, absmax2, offset

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nf4.codebook import LARGEST_ABSMAX, SMALLEST_ABSMAX, nf4_thresholds
+from nf4.cpu._memory import array_of
 from nf4.cpu._threads import fork, spread
 from nf4.cpu.dequantize import compiled
 from nf4.tools.scale_search import (
@@ -151,7 +152,7 @@ def quantize_mse(
     ratios = np.array(CANDIDATES)
     columns = np.empty(0, np.float32)
     if weights is not None:
-        columns = weights.detach().contiguous().numpy()
+        columns = array_of(weights.detach().contiguous())
     for begin in range(0, n, SLAB):
         slab = x[begin : begin + SLAB].float().contiguous()
         count = slab.numel()
@@ -160,7 +161,7 @@ def quantize_mse(
             slab = torch.nn.functional.pad(slab, (0, blocks * block_size - count))
         codes = torch.empty(blocks * block_size, dtype=torch.uint8, device="cpu")
         args = (
-            slab.numpy(),
+            array_of(slab),
             count,
             np.roll(columns, -begin % len(columns)) if len(columns) else columns,
             thresholds,
@@ -168,8 +169,8 @@ def quantize_mse(
             ratios,
             signed,
             block_size,
-            codes.numpy(),
-            absmax[begin // block_size :].numpy(),
+            array_of(codes),
+            array_of(absmax[begin // block_size :]),
         )
         spread(_share, range(blocks), max(GRAIN // block_size, 1), args)
         codes = codes[: count + count % 2]
