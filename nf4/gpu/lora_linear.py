@@ -100,7 +100,7 @@ def lora_linear_backward(
     needs: Sequence[bool],
 ) -> Gradients:
     """Return the gradients of x, bias, lora_A and lora_B; as in nf4/reference/lora_linear.py."""
-    given, dy, weight = dy, dy.contiguous(), weight.contiguous()
+    like, dy, weight = dy, dy.contiguous(), weight.contiguous()
     m = math.prod(dy.shape[:-1])
     how = choose("lora_linear_backward", m, weight, dy.dtype, low_rank).how
     merges = how == "dequantize_merge"
@@ -113,7 +113,7 @@ def lora_linear_backward(
             w = dequantize(weight, dy.dtype, dense_scratch(weight, dy.dtype))
             dx = dy.to(acc) @ w.to(acc)
         dx, dbias, dA, dB = add_lora_backward(dx, dy, x, t, low_rank, needs)
-        return None if dx is None else unflattened(dx, given), dbias, dA, dB
+        return None if dx is None else unflattened(dx, like), dbias, dA, dB
     low_rank, x = _rounded(low_rank, dy.dtype), None if x is None else x.contiguous()
     if merges and needs[0]:
 
@@ -122,7 +122,11 @@ def lora_linear_backward(
             return _merged(weight, low_rank, dy.dtype), *passes
 
         key = (m, needs[1], x is None, t is None, _form(dy.dtype, weight, low_rank))
-        merged, _, dbias, dA, dB = repeated(key, (dy, x, t, *weight[:4], *low_rank[:2]), launch)
+        given = (dy, x, t, *weight[:4], *low_rank[:2])
+        # What the kernels do in one pass; of other ranks, and without t, PyTorch does a part
+        whole = low_rank.lora_A.shape[0] <= max_rank(dy.device)
+        whole = whole and (t is not None or (x is None and not needs[1]))
+        merged, _, dbias, dA, dB = repeated(key, given, launch) if whole else launch()
         assert merged is not None
         return dy @ merged, dbias, dA, dB
     u, dbias, dA, dB = _passes(dy, x, t, low_rank, x is not None or needs[0], needs[1])
@@ -130,7 +134,7 @@ def lora_linear_backward(
     if needs[0] and u is not None:
         w = dequantize(weight, dy.dtype, dense_scratch(weight, dy.dtype))
         up = lora_up(u, low_rank.lora_A, 1.0, None, low_rank.dropout)
-        dx = unflattened(up.addmm_(dy, w), given)
+        dx = unflattened(up.addmm_(dy, w), like)
     return dx, dbias, dA, dB
 
 

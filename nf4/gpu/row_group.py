@@ -8,6 +8,7 @@ from nf4.gpu.plan import choose
 from nf4.kernels import row_group as kernel
 from nf4.kernels.row_group import MOST
 from nf4.tensor import Weight
+from nf4.tools.rows import as_rows, unflattened
 from nf4.tools.terms import LowRank
 
 
@@ -29,6 +30,8 @@ def linear_group(
         dtype of x ``[..., N]`` of each, the bits of `nf4.gpu.linear` or `nf4.gpu.lora_linear`.
     """
     rows = x.numel() // x.shape[-1]
+    if not rows:
+        return None
     updates: Sequence[LowRank | None] = low_ranks or [None] * len(weights)
     op = "lora_linear" if low_ranks else "linear"
     plans = [choose(op, rows, w, x.dtype, u).how for w, u in zip(weights, updates, strict=True)]
@@ -39,11 +42,11 @@ def linear_group(
     if not _alike([u.lora_B for u in low_ranks]) or len({u.lora_A.shape for u in low_ranks}) > 1:
         return None
     whole = [weight.contiguous() for weight in weights]
-    flat = x.view(rows, x.shape[-1])
+    flat = as_rows(x)
     t = kernel.down_group(flat, [u.lora_A for u in low_ranks]) if low_ranks else None
     factors = [(u.lora_B, u.scaling) for u in low_ranks]
     ys = kernel.row_group(flat, whole, biases, t, factors)
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    return [unflattened(y, x) for y in ys]
 
 
 def _alike(tensors: Sequence[Tensor | None]) -> bool:

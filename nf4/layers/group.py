@@ -24,6 +24,7 @@ from nf4.tools import streams
 from nf4.tools.terms import LowRank
 
 MOST_ROWS = 2
+MOST_UNFETCHED = 4  # as where a key and a value are cached, and the query alone is asked for
 _NEW: Any = object()  # what is not known yet
 Factors = tuple[Tensor, Tensor] | tuple[()]
 
@@ -42,6 +43,20 @@ class Alone(NamedTuple):
     scaling: float = 1.0
 
 
+class _Held(NamedTuple):
+    """Products that layers have not fetched yet.
+
+    Attributes:
+        x: the input, a weak reference.
+        now: of the input, see `_now`.
+        products: of each layer, by its id: its `_stamp`, and the product.
+    """
+
+    x: Any
+    now: tuple[Any, ...] | None
+    products: dict[int, tuple[Any, Tensor]]
+
+
 class Group:
     """Two or three layers of one input, which the model holds and this does not.
 
@@ -51,40 +66,61 @@ class Group:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._members = [weakref.ref(layer) for layer in layers]
         self._replays: dict[Any, GroupReplay | None] = {}
-        # The input whose products are here, its version, and of each layer what is not yet fetched
-        self._held: tuple[Any, int, dict[int, tuple[Alone, Tensor]]] | None = None
+        self._held: _Held | None = None
+        self._unfetched = 0  # inputs in turn of which not all products were wanted
 
     def __reduce__(self) -> Any:
         """Be None in copies and pickles, whose layers are others."""
         return type(None), ()
 
+    def forget(self) -> None:
+        """Forget launches and products, as when a layer is moved."""
+        self._replays.clear()
+        self._held = None
+
     def product(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return a layer's output; None if it has to compute it alone."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference():
             return None
         held = self._held
-        if held is not None and held[0]() is x:
-            found = held[2].pop(id(layer), None)
-            if not held[2]:
-                self._held = None
+        if held is not None and held.x() is x:
+            found = held.products.pop(id(layer), None)
+            if not held.products:
+                self._held, self._unfetched = None, 0
             if found is not None:
-                same = held[1] == x._version and _is(found[0], layer.alone())
+                alone = None if _is_hooked(layer) else layer.alone()
+                same = alone is not None and held.now == _now(x) and found[0] == _stamp(alone)
                 return found[1] if same else None
-        if type(x) is not Tensor or not x.ndim or x.numel() > MOST_ROWS * x.shape[-1]:
+        if self._unfetched >= MOST_UNFETCHED:
+            return None
+        if type(x) is not Tensor or not x.numel() or x.numel() > MOST_ROWS * x.shape[-1]:
             return None
         given = self._given(layer)
         ys = None if given is None else self._products(x, given)
         if given is None or ys is None:
             return None
+        return self._hold(layer, x, given, ys)
+
+    def _hold(self, layer: Any, x: Tensor, given: list[Alone], ys: list[Tensor]) -> Tensor | None:
+        """Hold products for the other layers, and return one layer's."""
+        if self._held is not None:
+            self._unfetched += 1
         mine: Tensor | None = None
-        computed: dict[int, tuple[Alone, Tensor]] = {}
+        products: dict[int, tuple[Any, Tensor]] = {}
         for ref, alone, y in zip(self._members, given, ys, strict=True):
             if ref() is layer:
                 mine = y
             else:
-                computed[id(ref())] = (alone, y)
-        self._held = (weakref.ref(x), x._version, computed)
+                products[id(ref())] = (_stamp(alone), y)
+        self._held = _Held(weakref.ref(x, self._drop), _now(x), products)
         return mine
+
+    def _drop(self, x: Any) -> None:
+        """Let go of the products of an input that is gone."""
+        held = self._held
+        if held is not None and held.x is x:
+            self._held = None
+            self._unfetched += 1
 
     def _given(self, layer: Any) -> list[Alone] | None:
         """Return what each member computes; None if one does more, or the layer is none of them."""
@@ -103,14 +139,17 @@ class Group:
         others: list[Tensor | None] = []
         key: list[Any] = [x.shape, threading.get_ident()]
         places: list[int] = []
+        count = len(given[0].factors)
         for linear, factors, scaling in given:
-            own = linear._parameters.get
-            packed, absmax, absmax2, offset = map(own, PARTS)
+            own = linear._parameters
+            packed, absmax, absmax2, offset = map(own.get, PARTS)
             if packed is None or absmax is None or absmax2 is None or offset is None:
                 return None
+            if len(factors) != count or "bias" not in own:  # one that is computed
+                return None
             places += (packed.data_ptr(), absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr())
-            key += (linear.block_size, packed.dtype, scaling)
-            others.append(own("bias") if "bias" in linear._parameters else linear.bias)
+            key += (linear.block_size, packed.dtype, packed.nbytes, scaling)
+            others.append(own["bias"])
             others += factors
         form = replay.form_of(x, others, any_stream=True)
         if form is None or not form[2]:
@@ -131,7 +170,7 @@ class Group:
             self._replays.clear()
         if ys is None:
             self._replays[whole] = None
-        elif remembers and launches is not None:
+        elif remembers and launches is not None and len(replay._known) < replay.MOST_OF_ALL:
             apart = {tensor.data_ptr() for tensor in (*ys, x, *moving)}
             if len(apart) == len(ys) + 1 + len(moving):
                 self._replays[whole] = GroupReplay(places, ys, [x, *moving], launches)
@@ -143,12 +182,10 @@ _Ready = tuple[list[Weight], list[Tensor | None], list[LowRank]]
 
 
 def _ready(x: Tensor, given: list[Alone]) -> _Ready | None:
-    """Return weights, biases and adapters, or no adapters; None where members differ.
+    """Return weights, biases and adapters, or no adapters.
 
-    So too where one does not fit x: the layer in question says so when it is called.
+    None where one does not fit x: the layer in question says so when it is called.
     """
-    if len({len(one.factors) for one in given}) > 1:
-        return None
     weights, low_ranks = [], []
     for linear, factors, scaling in given:
         q = linear.held()
@@ -175,12 +212,24 @@ def _recorded(
     return found
 
 
-def _is(first: Alone, second: Alone | None) -> bool:
-    """Return whether a layer computes what it did."""
-    if second is None or first.linear is not second.linear or first.scaling != second.scaling:
-        return False
-    pairs = zip(first.factors, second.factors, strict=False)
-    return len(first.factors) == len(second.factors) and all(a is b for a, b in pairs)
+def _stamp(alone: Alone) -> tuple[Any, ...]:
+    """Return what tells whether a layer computes what it did: where its operands lie, and when."""
+    linear, factors, scaling = alone
+    own = linear._parameters
+    tensors = (*map(own.get, PARTS), own.get("bias"), *factors)
+    return scaling, *[
+        None if t is None else (t.data_ptr(), -1 if t.is_inference() else t._version)
+        for t in tensors
+    ]
+
+
+def _now(x: Tensor) -> tuple[Any, ...] | None:
+    """Return what tells whether an input is what it was, and computed with as it was."""
+    form = replay.form_of(x, (), any_stream=True)
+    if form is None:
+        return None
+    stream = streams.current_stream(form[0][1])
+    return x._version, x.data_ptr(), stream, threading.get_ident()
 
 
 def _is_hooked(layer: nn.Module) -> bool:

@@ -262,8 +262,8 @@ class LinearNF4(QuantizedModule):
         scaling: float | None = None,
     ) -> Tensor:
         """Return the product, with lora_A and lora_B on it or nothing, the shortest way known."""
-        replays = self.__dict__.get("_replays")
-        if replays and not torch.compiler.is_compiling():
+        replays = None if torch.compiler.is_compiling() else self.__dict__.get("_replays")
+        if replays:
             own = self._parameters.get
             parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"))
             bias = own("bias") if "bias" in self._parameters else self.bias  # may be computed

@@ -102,6 +102,8 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the weight with the module, but keep its bytes and fp32 scales as they are."""
         self.__dict__.pop("_replays", None)
+        if self.__dict__.get("_group") is not None:
+            self.__dict__["_group"].forget()
         frozen = {id(getattr(self, name)) for name in PARTS}
 
         def keep_dtype(t: Tensor) -> Tensor:

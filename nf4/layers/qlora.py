@@ -36,8 +36,8 @@ class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
         adapter = self._alone()
         if adapter is None:
             return None
-        own = adapter._parameters
-        lora_A, lora_B = own["lora_A"], own["lora_B"]
+        own = adapter._parameters.get
+        lora_A, lora_B = own("lora_A"), own("lora_B")
         if lora_A is None or lora_B is None:
             return None
         given = (self, (lora_A, lora_B), adapter.scaling)

@@ -48,10 +48,10 @@ def fuse_projections(model: Model, projections: Sequence[Sequence[str]] = PROJEC
     groups = []
     for parent in model.modules():
         for group in names:
-            layers = [getattr(parent, name, None) for name in group]
-            found = [layer for layer in layers if isinstance(layer, nn.Module)]
-            if len(found) == len(group) and all(hasattr(one, "alone") for one in found):
-                groups.append(found)
+            found = [parent._modules.get(name) for name in group]
+            layers = [layer for layer in found if layer is not None and hasattr(layer, "alone")]
+            if len(layers) == len(group):
+                groups.append(layers)
     if not groups:
         wanted = "; ".join(", ".join(group) for group in names)
         raise ValueError(

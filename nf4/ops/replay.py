@@ -29,6 +29,7 @@ Replays = dict[Any, "Replay | Checked | None"]
 Called = tuple[Callable[..., Any], tuple[Any, ...]]
 Parts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _known: "weakref.WeakSet[Replay]" = weakref.WeakSet()
+_lock = threading.Lock()  # of this set: other threads add to it while one forgets all
 _of_tensors: "weakref.WeakKeyDictionary[NF4Tensor, Replays]" = weakref.WeakKeyDictionary()
 
 
@@ -54,7 +55,7 @@ class Replay:
         self.shape = tuple(y.shape)  # which takes less to make a tensor of
         moving = [tensor.data_ptr() for tensor in (y, *given)]
         self.launches = [launch.moving(moving, self.weight) for launch in launches]
-        _known.add(self)
+        _keep(self)
 
     def forget(self) -> None:
         """Be of no weight, and hold no memory."""
@@ -94,7 +95,7 @@ class GroupReplay(Replay):
         self.weight, self.shapes = weight, [tuple(y.shape) for y in ys]
         moving = [tensor.data_ptr() for tensor in (*ys, *given)]
         self.launches = [launch.moving(moving, weight) for launch in launches]
-        _known.add(self)
+        _keep(self)
 
     def products(self, x: Tensor, given: list[Tensor]) -> list[Tensor] | None:
         """Launch again, and return the products; None if that cannot be."""
@@ -200,7 +201,8 @@ def again(
         if type(replay) is Replay and replay.weight == places:
             y = replay(x, given)
             return y
-    checked = replays.get((packed.nbytes, x.shape[-1], layout, block_size, scaling, *kinds))
+    sizes = (packed.nbytes, absmax.nbytes, 0 if absmax2 is None else absmax2.nbytes)
+    checked = replays.get((sizes, x.shape[-1], layout, block_size, scaling, *kinds))
     if type(checked) is not Checked or checked.places != places:
         return None
     for ref, part in zip(checked.scales, parts[1:], strict=True):
@@ -252,7 +254,8 @@ def remember(
     if form is None or type(q) is not NF4Tensor:
         return
     scales = tuple(_nothing if s is None else weakref.ref(s) for s in q.parts()[1:])
-    key = (q.packed.nbytes, x.shape[-1], q.layout, q.block_size, scaling, *form[0])
+    sizes = (q.packed.nbytes, q.absmax.nbytes, 0 if q.absmax2 is None else q.absmax2.nbytes)
+    key = (sizes, x.shape[-1], q.layout, q.block_size, scaling, *form[0])
     if len(replays) >= MOST:
         replays.clear()
     replays[key] = Checked(_pointers(*q.parts()), scales, *called)
@@ -318,8 +321,15 @@ def _pointers(
     return packed.data_ptr(), absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
 
 
+def _keep(replay: Replay) -> None:
+    with _lock:
+        _known.add(replay)
+
+
 def _forget_all() -> None:
-    for replay in list(_known):
+    with _lock:
+        found = list(_known)
+    for replay in found:
         replay.forget()
 
 

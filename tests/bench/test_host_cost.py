@@ -25,7 +25,7 @@ BUDGETS = {
     "nf4.lora_linear, M = 1": 60,
     "nf4.lora_linear, M = 16": 60,
     "LinearNF4, M = 1": 50,
-    "QLoRALinear, M = 1": 78,
+    "QLoRALinear, M = 1": 80,
 }
 
 

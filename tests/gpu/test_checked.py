@@ -132,6 +132,11 @@ WRONG = {
         X,
         "packed: expected shape",
     ),
+    "part_of_absmax": (
+        lambda layer: setattr(layer.absmax, "data", layer.absmax.data[:3]),
+        X,
+        "absmax: expected shape",
+    ),
     "absmax": (
         lambda layer: setattr(layer, "absmax", torch.nn.Parameter(torch.zeros(3).byte(), False)),
         X,

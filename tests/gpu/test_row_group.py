@@ -5,15 +5,18 @@ import os
 import pickle
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton", reason="nf4's kernels need Triton")
 
 import nf4
 from nf4.bench.harness.pretended import pretended_gpu
+from nf4.layers import group as group_module
 from nf4.layers.group import group_of
 from nf4.ops import registry
 from nf4.tools import streams
@@ -160,14 +163,155 @@ def test_each_output_is_fetched_once_and_for_the_very_input(driver) -> None:
 
 
 @compiled
-def test_nothing_is_held_of_an_input_that_is_gone(driver) -> None:
+def test_nothing_is_held_of_an_input_or_a_model_that_is_gone(driver) -> None:
     model = nf4.fuse_projections(Attention())
-    x = X.clone()
-    gone = weakref.ref(x)
+    group, x = group_of(model.q_proj), X.clone()
     model.q_proj(x)
+    gone = weakref.ref(x)
+    held = [weakref.ref(y) for _, y in group._held.products.values()]
     del x
-    assert gone() is None
+    assert gone() is None and group._held is None
+    assert [y() for y in held] == [None] * 2
     assert launches(driver, model) == [1] * 3
+    model.q_proj(X)
+    layers = [weakref.ref(layer) for layer in model.children()]
+    del model, group
+    assert [layer() for layer in layers] == [None] * 3
+
+
+@compiled
+def test_a_query_alone_is_computed_alone_before_long(driver) -> None:
+    """As where a key and a value are cached."""
+    model = nf4.fuse_projections(Attention())
+    for _ in range(6):
+        model.q_proj(X.clone())
+    grid = driver.arguments[0]
+    assert grid == 64 // 16
+    group_of(model.q_proj)._unfetched = 0
+    model.q_proj(X.clone())
+    assert driver.arguments[0] == (64 + 32 + 32) // 16
+
+
+STALE = {
+    "a_bias_in_place": lambda model, x: model.k_proj.bias.add_(1),
+    "a_bias": lambda model, x: setattr(model.k_proj, "bias", nn.Parameter(torch.ones(32))),
+    "a_weight": lambda model, x: model.k_proj._set_weight(model.v_proj.weight),
+    "a_scale": lambda model, x: model.k_proj.absmax2.mul_(2),
+    "lora_B": lambda model, x: model.k_proj.lora_B.add_(1),
+    "an_input_s_memory": lambda model, x: setattr(x, "data", x.data.clone()),
+    "an_input": lambda model, x: x.add_(1),
+    "a_hook": lambda model, x: model.k_proj.register_forward_pre_hook(lambda *args: None),
+    "an_alpha": lambda model, x: setattr(model.k_proj, "lora_alpha", 3.0),
+}
+
+
+@compiled
+@pytest.mark.parametrize("name", STALE)
+def test_a_product_of_what_was_is_not_returned(name, driver) -> None:
+    model = nf4.fuse_projections(adapted(Attention(True)))
+    launches(driver, model)
+    x = X.clone()
+    model.q_proj(x)
+    STALE[name](model, x)
+    before = driver.launches
+    model.k_proj(x)
+    assert driver.launches - before >= 2
+
+
+@compiled
+def test_a_product_of_another_stream_or_mode_is_not_returned(driver, monkeypatch) -> None:
+    model, x = nf4.fuse_projections(Attention()), X.clone()
+
+    def taken(context) -> int:
+        model.q_proj(x)
+        before = driver.launches
+        with context:
+            model.k_proj(x)
+        return driver.launches - before
+
+    assert taken(nullcontext()) == 0
+    model.v_proj(x)
+    with monkeypatch.context() as patch:
+        model.q_proj(x)
+        patch.setattr(streams, "current_stream", lambda device: 7)
+        before = driver.launches
+        model.k_proj(x)
+        assert driver.launches - before == 1
+    assert taken(FlopCounterMode(display=False)) == 1
+    found = []
+    model.q_proj(x)
+    thread = threading.Thread(target=lambda: found.append(model.k_proj(x)))
+    before = driver.launches
+    thread.start()
+    thread.join()
+    assert found and driver.launches - before == 1
+
+
+@compiled
+def test_inference_mode_and_no_rows_are_computed_alone(driver) -> None:
+    model = nf4.fuse_projections(adapted(Attention()))
+    before = driver.launches
+    assert [y.shape for y in model(torch.empty(1, 0, 256).bfloat16())] == [
+        (1, 0, n) for n in (64, 32, 32)
+    ]
+    assert driver.launches == before
+    with torch.inference_mode():
+        assert launches(driver, model) == [6] * 3
+
+
+@compiled
+def test_outputs_may_be_written_to(driver) -> None:
+    model = nf4.fuse_projections(Attention())
+    for _ in range(2):
+        w = torch.ones(32, requires_grad=True)
+        x = X.clone()
+        y = [model.q_proj(x), model.k_proj(x)][1]
+        with torch.enable_grad():
+            y.add_(w)
+        assert y.requires_grad
+
+
+@compiled
+def test_a_bias_that_is_computed_is_added_alone(driver) -> None:
+    model = Attention(True)
+    torch.nn.utils.parametrize.register_parametrization(model.k_proj, "bias", nn.Tanh())
+    nf4.fuse_projections(model)
+    assert launches(driver, model) == [3] * 3
+
+
+@compiled
+def test_layers_that_differ_cost_little(driver, monkeypatch) -> None:
+    """A query and a value with adapters, as PEFT's default has them."""
+    model = Attention()
+    with registry.computing("cpu", "reference"):
+        model = nf4.add_lora(model, target_modules=["q_proj", "v_proj"], r=8)
+    for layer in model.children():
+        layer.to_fragments()
+    nf4.fuse_projections(model)
+    asked = []
+    monkeypatch.setattr(group_module, "_ready", lambda *args: asked.append(args))
+    assert launches(driver, model) == [5] * 3
+    assert not asked
+
+
+@compiled
+def test_a_moved_layer_forgets_launches(driver) -> None:
+    model = nf4.fuse_projections(Attention())
+    launches(driver, model)
+    group = group_of(model.q_proj)
+    assert group._replays
+    model.to("meta")
+    assert not group._replays
+
+
+@compiled
+def test_compiled_layers_are_not_compiled_again_for_what_is_remembered(driver) -> None:
+    torch.compiler.reset()
+    model = Attention()
+    compiled_model = torch.compile(model.q_proj, backend="eager", fullgraph=True)
+    for rows in range(1, 14):
+        model.q_proj(torch.randn(rows, 256).bfloat16())
+        compiled_model(X)
 
 
 @compiled
@@ -299,6 +443,15 @@ def test_fused_layers_compute_what_they_do_alone(adapters) -> None:
                     assert torch.equal(y, expected)
 
 
+class Properties(nn.Module):
+    """A module with a property of a layer's name, which is not to be asked."""
+
+    @property
+    def query(self) -> None:
+        """Raise."""
+        raise RuntimeError("asked")
+
+
 WRONG = {
     "no_module": (lambda: nf4.fuse_projections(3), TypeError, "model: expected a torch.nn.Module"),
     "dense": (
@@ -330,6 +483,11 @@ WRONG = {
         lambda: nf4.fuse_projections(Attention(), [["q_proj", "q_proj"]]),
         ValueError,
         "projections: expected two or three different names, got",
+    ),
+    "properties": (
+        lambda: nf4.fuse_projections(Properties(), [["query", "key"]]),
+        ValueError,
+        "got none in Properties",
     ),
     "not_fused": (
         lambda: nf4.unfuse_projections(Attention()),
