@@ -110,8 +110,10 @@ class Group:
         for ref, alone, y in zip(self._members, given, ys, strict=True):
             if ref() is layer:
                 mine = y
-            else:
-                products[id(ref())] = (_stamp(alone), y)
+                continue
+            stamp = _stamp(alone)
+            if stamp is not None:
+                products[id(ref())] = (stamp, y)
         self._held = _Held(weakref.ref(x, self._drop), _now(x), products)
         return mine
 
@@ -212,24 +214,30 @@ def _recorded(
     return found
 
 
-def _stamp(alone: Alone) -> tuple[Any, ...]:
-    """Return what tells whether a layer computes what it did: where its operands lie, and when."""
+def _stamp(alone: Alone) -> list[Any] | None:
+    """Return what tells whether a layer computes what it did: where its operands lie, and when.
+
+    None where that cannot be told: tensors of inference mode have no versions.
+    """
     linear, factors, scaling = alone
-    own = linear._parameters
-    tensors = (*map(own.get, PARTS), own.get("bias"), *factors)
-    return scaling, *[
-        None if t is None else (t.data_ptr(), -1 if t.is_inference() else t._version)
-        for t in tensors
-    ]
+    own = linear._parameters.get
+    stamp: list[Any] = [scaling]
+    parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"), own("bias"))
+    try:
+        for tensor in (*parts, *factors):
+            if tensor is not None:
+                stamp += (tensor.data_ptr(), tensor._version)
+    except RuntimeError:
+        return None
+    return stamp
 
 
 def _now(x: Tensor) -> tuple[Any, ...] | None:
     """Return what tells whether an input is what it was, and computed with as it was."""
-    form = replay.form_of(x, (), any_stream=True)
-    if form is None:
+    device = streams.gpu_index(x)
+    if replay.is_unusual(x, device):
         return None
-    stream = streams.current_stream(form[0][1])
-    return x._version, x.data_ptr(), stream, threading.get_ident()
+    return x._version, x.data_ptr(), streams.current_stream(device), threading.get_ident()
 
 
 def _is_hooked(layer: nn.Module) -> bool:

@@ -277,7 +277,7 @@ def form_of(
     if type(x) is not Tensor:
         return None
     device = streams.gpu_index(x)
-    if device < 0 or not x.ndim or not x.is_contiguous() or x.is_neg() or _is_unusual(x, device):
+    if device < 0 or not x.ndim or not x.is_contiguous() or x.is_neg() or is_unusual(x, device):
         return None
     if not any_stream and streams.current_stream(device) != 0:
         return None  # a CUDA graph may be captured
@@ -300,7 +300,7 @@ def form_of(
     return kinds, given, is_small
 
 
-def _is_unusual(x: Tensor, device: int) -> bool:
+def is_unusual(x: Tensor, device: int) -> bool:
     """Return whether anybody wants to see operators, change dtypes, or compute elsewhere."""
     casts = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cuda")
     return (

@@ -257,6 +257,9 @@ def test_inference_mode_and_no_rows_are_computed_alone(driver) -> None:
     assert driver.launches == before
     with torch.inference_mode():
         assert launches(driver, model) == [6] * 3
+        model.k_proj.bias = nn.Parameter(torch.ones(32), requires_grad=False)
+    x = X.clone()
+    assert [layer(x).shape for layer in model.children()] == [(1, 1, n) for n in (64, 32, 32)]
 
 
 @compiled
