@@ -1,0 +1,151 @@
+"""What each process does in tests of distributed training: ``torchrun worker.py TASK FOLDER``.
+
+Results go to a file for each rank; what is compared with one process the tests compute there.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import nf4
+
+TOKENS = torch.arange(96).view(8, 12) % 64  # a batch, which ranks share
+
+
+def dense_model() -> nn.Module:
+    """Return a small Llama, the same in each process."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def adapted_model(kind: str, double_quant: bool = True, seed: int = 0) -> nn.Module:
+    """Return it quantized, with adapters drawn from a seed, whose terms are not zero."""
+    model = nf4.quantize_model(dense_model(), double_quant=double_quant)
+    torch.manual_seed(seed)
+    if kind == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    elif kind == "ia3":
+        nf4.add_ia3(model)
+    else:
+        nf4.add_lora(model, r=4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return model.train()
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, by names as without a wrapper."""
+    named = model.named_parameters()
+    return {n.removeprefix("module."): p for n, p in named if p.requires_grad}
+
+
+def own_part(rank: int, ranks: int) -> Tensor:
+    """Return a rank's share of the batch."""
+    return TOKENS.chunk(ranks)[rank]
+
+
+def gradients(model: nn.Module, *batches: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of the mean loss over batches, one after another."""
+    model.zero_grad()
+    for batch in batches:
+        (model(input_ids=batch, labels=batch).loss / len(batches)).backward()
+    return {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
+
+
+def ddp(kind: str, rank: int, ranks: int) -> dict[str, Any]:
+    """Train as DistributedDataParallel does, and with what accelerate makes of it."""
+    model = adapted_model(kind, seed=rank)  # of which rank 0's is to win
+    found: dict[str, Any] = {"drawn": {n: p.detach().clone() for n, p in trained(model).items()}}
+    wrapped = DistributedDataParallel(model)
+    found["start"] = {n: p.detach().clone() for n, p in trained(wrapped).items()}
+    part = own_part(rank, ranks)
+    found["gradients"] = gradients(wrapped, part)
+    found["again"] = gradients(wrapped, part)
+    wrapped.zero_grad()
+    first, second = part.chunk(2)
+    with wrapped.no_sync():
+        (wrapped(input_ids=first, labels=first).loss / 2).backward()
+    found["unsynced"] = {n: p.grad.clone() for n, p in trained(wrapped).items()}
+    (wrapped(input_ids=second, labels=second).loss / 2).backward()
+    found["accumulated"] = {n: p.grad.clone() for n, p in trained(wrapped).items()}
+    wrapped.zero_grad()  # two losses of one backward, as preferences are trained
+    losses = [wrapped(input_ids=p, labels=p).loss for p in (first, second)]
+    (sum(losses) / 2).backward()
+    found["pair"] = {n: p.grad.clone() for n, p in trained(wrapped).items()}
+    return found
+
+
+def accelerated(kind: str, rank: int, ranks: int) -> dict[str, Any]:
+    """Train as accelerate does."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(adapted_model(kind))
+    part = own_part(rank, ranks)
+    accelerator.backward(model(input_ids=part, labels=part).loss)
+    grads = {n: p.grad.clone() for n, p in trained(model).items()}
+    return {"gradients": grads, "wrapper": type(model).__name__}
+
+
+def fsdp(kind: str, rank: int, ranks: int) -> dict[str, Any]:
+    """Train sharded, with scales in fp32."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted_model(kind, double_quant=False)
+    whole = sum(p.nbytes for n, p in model.named_parameters() if n.endswith("packed"))
+    layers = model.model.layers
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(model)
+    packed = [p for n, p in model.named_parameters() if n.endswith("packed")]
+    held = sum(p.to_local().nbytes for p in packed)
+    part = own_part(rank, ranks)
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    model(input_ids=part, labels=part).loss.backward()
+    grads = {n: p.grad.full_tensor() for n, p in trained(model).items()}
+    shards = [p.grad.to_local().numel() for p in trained(model).values()]
+    optimizer.step()
+    states = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
+    loss = model(input_ids=part, labels=part).loss.detach()
+    return {
+        "gradients": grads,
+        "share": held / whole,
+        "shards": sum(shards),
+        "states": states,
+        "loss": loss,
+    }
+
+
+TASKS = {"ddp": ddp, "accelerated": accelerated, "fsdp": fsdp}
+
+
+def main() -> None:
+    """Do a task, and save what came of it."""
+    task, kind, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    found = TASKS[task](kind, rank, ranks)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
