@@ -14,6 +14,7 @@ from nf4.tools.caches import forgettable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("packed", "absmax", "absmax2", "offset")
+_ONE = (1,)  # of a layer's offset: what is sharded has a dimension
 PLAIN = {Tensor, torch.nn.Parameter}  # others may lie nowhere
 
 
@@ -52,7 +53,7 @@ class Weight(NamedTuple):
         packed: uint8, ``ceil(n / 2)`` bytes for n elements; a matrix ``[N, K / 2]`` in fragments.
         absmax: float32 ``[ceil(n / block_size)]``, or its uint8 codes if double-quantized.
         absmax2: float32 ``[ceil(blocks / 256)]``; None without double quantization.
-        offset: float32 ``[]``; None without double quantization.
+        offset: float32 ``[]`` or ``[1]``; None without double quantization.
         shape: sizes of the tensor, n elements in all; of a matrix N and K.
         block_size: elements that share one absmax.
         layout: order of packed and absmax, "rows" or "fragments", see nf4/reference/repack.py.
@@ -100,7 +101,8 @@ class NF4Tensor:
         dtype: dtype of the tensor that was quantized, and of `nf4.dequantize`'s result.
         block_size: elements that share one absmax.
         absmax2: float32 ``[ceil(blocks / 256)]``; None without double quantization.
-        offset: float32 ``[]``, the mean of absmax; None without double quantization.
+        offset: float32 ``[]``, or ``[1]`` in layers, the mean of absmax; None without double
+            quantization.
         layout: "rows", or "fragments" for bytes and absmax in the order tensor cores read, which
             `nf4.to_fragments` makes: an order for memory, never for files.
     """
@@ -296,7 +298,9 @@ def _is_good(q: NF4Tensor) -> bool:
     if absmax2 is None or offset is None:
         good = absmax.dtype == torch.float32 and absmax2 is offset and absmax.device == device
         return good and not (grad and absmax.requires_grad)
-    if absmax.dtype != torch.uint8 or absmax2.shape != shapes[2] or offset.ndim:
+    if absmax.dtype != torch.uint8 or absmax2.shape != shapes[2]:
+        return False
+    if offset.ndim and offset.shape != _ONE:
         return False
     if absmax2.dtype != torch.float32 or offset.dtype != torch.float32:
         return False
@@ -328,8 +332,12 @@ def _check_parts(q: NF4Tensor, name: str) -> None:
         ]
     for part, tensor, dtype, shape in parts:
         if tensor.dtype != dtype:
-            raise TypeError(f"{name}.{part}: expected {dtype}, got {tensor.dtype}")
-        if tensor.shape != shape:
+            cast = tensor.dtype in (torch.float16, torch.bfloat16)
+            raise TypeError(
+                f"{name}.{part}: expected {dtype}, got {tensor.dtype}"
+                + ("; fully_shard casts it: use autocast in place of its param_dtype" * cast)
+            )
+        if tensor.shape != shape and not (part == "offset" and tensor.shape == _ONE):
             raise ValueError(
                 f"{name}.{part}: expected shape {tuple(shape)} for {tuple(q.shape)} at block size "
                 f"{q.block_size}, got {tuple(tensor.shape)}"

@@ -17,6 +17,7 @@ class QuantizedModule(nn.Module):
 
     ``packed`` uint8 ``[rows, columns / 2]``, ``absmax``, and with double quantization ``absmax2``
     and ``offset``, as in `NF4Tensor`: ``state_dict``, ``.to`` and sharding need no special case.
+    The offset has one dimension here, as sharding wants it, and none in files; both are loaded.
     Casting the module changes `dtype`, never the bytes or the fp32 scales. A subclass says by
     `_weight_shape` which sizes the weight has, and by `_choose_layout` in which order it is held.
     """
@@ -50,6 +51,8 @@ class QuantizedModule(nn.Module):
                 continue
             if name == "packed" and q.layout == "fragments":
                 tensor = tensor.detach().view(torch.int32)
+            if name == "offset" and not tensor.ndim:
+                tensor = tensor.detach().view(1)
             if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
                 tensor = nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, tensor)
@@ -149,6 +152,9 @@ class QuantizedModule(nn.Module):
         held = self.weight
         if held.layout != "rows" and any(prefix + n in state_dict for n in ("packed", "absmax")):
             self._hold(to_rows(held))
+        offset = state_dict.get(prefix + "offset")
+        if isinstance(offset, Tensor) and self.offset is not None and offset.numel() == 1:
+            state_dict[prefix + "offset"] = offset.view(self.offset.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if held.layout != "rows":
             self._hold(to_fragments(self.weight))
@@ -179,7 +185,9 @@ class QuantizedModule(nn.Module):
                 errors.append(f"{key}: expected none (double_quant=False), got one")
             elif old is None or not isinstance(new, Tensor):
                 continue  # missing, or refused by torch
-            elif (new.dtype, new.shape) != (old.dtype, old.shape):
+            elif (new.dtype, new.shape) != (old.dtype, old.shape) and not (
+                name == "offset" and new.dtype == old.dtype and new.numel() == 1
+            ):
                 errors.append(
                     f"{key}: expected {old.dtype} {tuple(old.shape)} (block_size="
                     f"{self.block_size}, double_quant={self.double_quant}), "

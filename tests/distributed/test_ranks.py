@@ -57,11 +57,11 @@ def test_accelerate_trains_as_one_process_does(kind, tmp_path) -> None:
         check(one["gradients"], expected)
 
 
+@pytest.mark.parametrize("scales", ["double_quant", "fp32"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_sharded_training_is_that_of_one_process(ranks, tmp_path) -> None:
-    """fully_shard, of weights with scales in fp32."""
-    found = run("fsdp", "lora", tmp_path / "ranks", ranks)
-    model = worker.adapted_model("lora", double_quant=False)
+def test_sharded_training_is_that_of_one_process(ranks, scales, tmp_path) -> None:
+    found = run("fsdp", scales, tmp_path / "ranks", ranks)
+    model = worker.adapted_model("lora", double_quant=scales == "double_quant")
     expected = worker.gradients(model, worker.TOKENS)
     parameters = worker.trained(model)
     elements = sum(p.numel() for p in parameters.values())
@@ -74,3 +74,8 @@ def test_sharded_training_is_that_of_one_process(ranks, tmp_path) -> None:
         assert abs(one["loss"] - loss) < 1e-3 * loss
     assert sum(one["shards"] for one in found) == elements
     assert sum(one["states"] for one in found) == elements
+
+
+def test_scales_that_are_cast_are_refused_in_words(tmp_path) -> None:
+    for one in run("cast", "double_quant", tmp_path / "ranks"):
+        assert "absmax2: expected torch.float32, got torch.bfloat16; fully_shard" in one["message"]

@@ -105,10 +105,10 @@ def accelerated(kind: str, rank: int, ranks: int) -> dict[str, Any]:
 
 
 def fsdp(kind: str, rank: int, ranks: int) -> dict[str, Any]:
-    """Train sharded, with scales in fp32."""
+    """Train sharded, with double quantization or scales in fp32."""
     from torch.distributed.fsdp import fully_shard
 
-    model = adapted_model(kind, double_quant=False)
+    model = adapted_model("lora", double_quant=kind == "double_quant")
     whole = sum(p.nbytes for n, p in model.named_parameters() if n.endswith("packed"))
     layers = model.model.layers
     for layer in layers:
@@ -133,7 +133,20 @@ def fsdp(kind: str, rank: int, ranks: int) -> dict[str, Any]:
     }
 
 
-TASKS = {"ddp": ddp, "accelerated": accelerated, "fsdp": fsdp}
+def cast(kind: str, rank: int, ranks: int) -> dict[str, Any]:
+    """Let fully_shard cast the scales, and return what is said to it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = adapted_model("lora", double_quant=kind == "double_quant")
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    try:
+        model(input_ids=TOKENS)
+    except TypeError as error:
+        return {"message": str(error)}
+    return {}
+
+
+TASKS = {"cast": cast, "ddp": ddp, "accelerated": accelerated, "fsdp": fsdp}
 
 
 def main() -> None:

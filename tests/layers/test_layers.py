@@ -207,6 +207,25 @@ def test_state_dict_keys_are_the_documented_ones() -> None:
     assert keys == [*own, "adapters.default.lora_A", "adapters.default.lora_B"]
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_an_offset_without_dimensions_is_loaded(assign) -> None:
+    """As files have it, and earlier state dicts; sharding wants one dimension."""
+    layer, other = make(nf4.LinearNF4), make(nf4.LinearNF4)
+    assert layer.offset.shape == (1,)
+    state = {**layer.state_dict(), "offset": layer.offset.detach().reshape(())}
+    other.load_state_dict(state, assign=assign)
+    assert other.offset.shape == (1,) and torch.equal(other.offset, layer.offset)
+    x = torch.randn(2, layer.in_features)
+    assert torch.equal(other(x), layer(x))
+    for offset in (layer.offset, layer.offset.reshape(())):
+        q = layer.weight.with_parts([*layer.weight.parts()[:3], offset])
+        assert torch.equal(nf4.linear(x, q, layer.bias), layer(x))
+    with pytest.raises(RuntimeError, match=r"offset: expected torch.float32 \(1,\)"):
+        other.load_state_dict({**state, "offset": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"q.offset: expected shape \(\)"):
+        nf4.dequantize(layer.weight.with_parts([*layer.weight.parts()[:3], torch.zeros(2)]))
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"adapter_name": "en"}], ids=str)
 def test_state_dicts_with_the_adapter_among_the_layer_s_own_still_load(options) -> None:
     layers = [make(nf4.QLoRALinear, **options) for _ in range(2)]

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from nf4.integrations.transformers.config import METHOD, NF4Config
-from nf4.integrations.transformers.empty import layers_in_files, make_empty
+from nf4.integrations.transformers.empty import layers_in_files, make_empty, shape_offsets
 from nf4.integrations.transformers.operations import (
     BITSANDBYTES,
     FromBitsandbytes,
@@ -155,6 +155,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
                 for parameter in module.weight.tensors():
                     parameter.requires_grad_(False)
                 module._choose_layout()
+        shape_offsets(model, torch.Size([1]))
         tie_parts(model, self.tied)
         name_weights(model)
         self.keep_conversions(model, getattr(model, "_weight_conversions", None) or [])
@@ -190,6 +191,10 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Return what `save_pretrained` writes: with a mark that only nf4 passes over."""
         state: dict[str, Any] = model.state_dict()
+        for name, module in model.named_modules():
+            offset = state.get(f"{name}.offset")
+            if isinstance(module, QuantizedModule) and offset is not None and offset.numel() == 1:
+                state[f"{name}.offset"] = offset.view(())
         tied = {id(m) for n, m in model.named_modules() if f"{n}.packed" in tied_parts(model)}
         linear = (n for n, m in model.named_modules() if type(m) is LinearNF4 and id(m) not in tied)
         inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, ExpertsNF4))
