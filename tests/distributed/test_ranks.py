@@ -79,3 +79,12 @@ def test_sharded_training_is_that_of_one_process(ranks, scales, tmp_path) -> Non
 def test_scales_that_are_cast_are_refused_in_words(tmp_path) -> None:
     for one in run("cast", "double_quant", tmp_path / "ranks"):
         assert "absmax2: expected torch.float32, got torch.bfloat16; fully_shard" in one["message"]
+
+
+def test_a_sharded_checkpoint_is_loaded_by_other_numbers_of_ranks(tmp_path) -> None:
+    saved = run("save", str(tmp_path / "checkpoint"), tmp_path / "save")
+    for ranks in (1, 2, 4):
+        for one in run("load", str(tmp_path / "checkpoint"), tmp_path / str(ranks), ranks):
+            assert torch.equal(one["logits"], saved[0]["logits"])
+            for ours, right in zip(one["moments"], saved[0]["moments"], strict=True):
+                assert torch.equal(ours, right)

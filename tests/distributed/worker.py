@@ -3,7 +3,9 @@
 Results go to a file for each rank; what is compared with one process the tests compute there.
 """
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,51 @@ def cast(kind: str, rank: int, ranks: int) -> dict[str, Any]:
     return {}
 
 
-TASKS = {"cast": cast, "ddp": ddp, "accelerated": accelerated, "fsdp": fsdp}
+def _checkpointed(path: str, rank: int, ranks: int, saves: bool) -> dict[str, Any]:
+    """Train a step and save, or load into another model; return what is computed then."""
+    import torch.distributed.checkpoint as files
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted_model("lora", seed=0 if saves else 5)
+    if not saves:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("absmax2"):  # another weight, which is to be replaced
+                    parameter.mul_(2)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    if saves:
+        part = own_part(rank, ranks)
+        model(input_ids=part, labels=part).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights, states = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": states}
+    if saves:
+        files.save(state, checkpoint_id=path)
+    else:
+        files.load(state, checkpoint_id=path)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+    moments = [s["exp_avg"].full_tensor() for s in optimizer.state.values()]
+    return {"logits": model(input_ids=TOKENS).logits.detach(), "moments": moments}
+
+
+TASKS = {
+    "accelerated": accelerated,
+    "cast": cast,
+    "ddp": ddp,
+    "fsdp": fsdp,
+    "load": partial(_checkpointed, saves=False),
+    "save": partial(_checkpointed, saves=True),
+}
 
 
 def main() -> None:
@@ -157,7 +203,10 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     found = TASKS[task](kind, rank, ranks)
     torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    # At its end an interpreter may be aborted by threads of gloo, of which fully_shard leaves some
+    os._exit(0)
 
 
 if __name__ == "__main__":
