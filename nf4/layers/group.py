@@ -80,7 +80,9 @@ class Group:
 
     def product(self, layer: Any, x: Tensor) -> Tensor | None:
         """Return a layer's output; None if it has to compute it alone."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if type(x) is not Tensor or x.is_inference():
             return None
         held = self._held
         if held is not None and held.x() is x:
@@ -89,11 +91,13 @@ class Group:
                 self._held, self._unfetched = None, 0
             if found is not None:
                 alone = None if _is_hooked(layer) else layer.alone()
-                same = alone is not None and held.now == _now(x) and found[0] == _stamp(alone)
+                now = _now(x)
+                same = now is not None and held.now == now
+                same = same and alone is not None and found[0] == _stamp(alone)
                 return found[1] if same else None
         if self._unfetched >= MOST_UNFETCHED:
             return None
-        if type(x) is not Tensor or not x.numel() or x.numel() > MOST_ROWS * x.shape[-1]:
+        if not x.numel() or x.numel() > MOST_ROWS * x.shape[-1]:
             return None
         given = self._given(layer)
         ys = None if given is None else self._products(x, given)

@@ -29,8 +29,9 @@ def fuse_projections(model: Model, projections: Sequence[Sequence[str]] = PROJEC
     A token of a Llama takes 4 launches a layer instead of 7, with adapters 8 instead of 14. The
     layers stay what they are, with their weights, adapters, files and results, bit for bit: the
     first of a group that is called on a GPU without gradients computes the others too, and those
-    return what was computed if they are given the same tensor. What is saved, merged or copied is
-    not fused. Adapters that are put on a model later replace its layers: fuse them again.
+    return what was computed if they are given the same tensor; if they are not asked, each layer is
+    soon computed alone. What is saved, merged or copied is not fused. Adapters that are put on a
+    model later replace its layers: fuse them again.
 
     Args:
         model: a module with `LinearNF4` layers, with or without adapters, PEFT's included.

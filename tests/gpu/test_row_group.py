@@ -263,6 +263,14 @@ def test_inference_mode_and_no_rows_are_computed_alone(driver) -> None:
 
 
 @compiled
+def test_what_is_no_tensor_is_refused_as_ever(driver) -> None:
+    model = nf4.fuse_projections(Attention())
+    for wrong in ([1.0], torch.nn.Parameter(torch.randn(1, 128).bfloat16()), None):
+        with pytest.raises((TypeError, ValueError), match="x: expected"):
+            model.q_proj(wrong)
+
+
+@compiled
 def test_outputs_may_be_written_to(driver) -> None:
     model = nf4.fuse_projections(Attention())
     for _ in range(2):
