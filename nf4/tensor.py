@@ -101,8 +101,8 @@ class NF4Tensor:
         dtype: dtype of the tensor that was quantized, and of `nf4.dequantize`'s result.
         block_size: elements that share one absmax.
         absmax2: float32 ``[ceil(blocks / 256)]``; None without double quantization.
-        offset: float32 ``[]``, or ``[1]`` in layers, the mean of absmax; None without double
-            quantization.
+        offset: float32 ``[]``, or ``[1]`` as layers hold it, the mean of absmax; None without
+            double quantization.
         layout: "rows", or "fragments" for bytes and absmax in the order tensor cores read, which
             `nf4.to_fragments` makes: an order for memory, never for files.
     """

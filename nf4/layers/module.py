@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nf4.functional import to_fragments, to_rows
 from nf4.layers import bitsandbytes as bitsandbytes_files
 from nf4.ops import replay
-from nf4.tensor import PARTS, NF4Tensor, is_finite, is_mark
+from nf4.tensor import PARTS, PLAIN, NF4Tensor, is_finite, is_mark
 
 
 class QuantizedModule(nn.Module):
@@ -51,8 +51,10 @@ class QuantizedModule(nn.Module):
                 continue
             if name == "packed" and q.layout == "fragments":
                 tensor = tensor.detach().view(torch.int32)
-            if name == "offset" and not tensor.ndim:
-                tensor = tensor.detach().view(1)
+            if name == "offset" and not tensor.ndim:  # of another layer's `weight`: its parameter
+                base = tensor._base
+                shared = isinstance(base, nn.Parameter) and base.shape == (1,)
+                tensor = base if shared and base is not None else tensor.detach().view(1)
             if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
                 tensor = nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, tensor)
@@ -70,6 +72,9 @@ class QuantizedModule(nn.Module):
     def weight(self) -> NF4Tensor:
         """The quantized weight, sharing this module's tensors, and what it remembers."""
         q = self.held()
+        offset = q.offset
+        if offset is not None and type(offset) in PLAIN and offset.ndim:  # no shard
+            q = q.with_parts((q.packed, q.absmax, q.absmax2, offset.view(())))
         if not torch.compiler.is_compiling():
             replay.share(q, self.replays())
         return q

@@ -211,7 +211,8 @@ def test_state_dict_keys_are_the_documented_ones() -> None:
 def test_an_offset_without_dimensions_is_loaded(assign) -> None:
     """As files have it, and earlier state dicts; sharding wants one dimension."""
     layer, other = make(nf4.LinearNF4), make(nf4.LinearNF4)
-    assert layer.offset.shape == (1,)
+    assert layer.offset.shape == (1,) and layer.weight.offset.shape == ()
+    assert nf4.LinearNF4.from_weight(layer.weight).offset is layer.offset
     state = {**layer.state_dict(), "offset": layer.offset.detach().reshape(())}
     other.load_state_dict(state, assign=assign)
     assert other.offset.shape == (1,) and torch.equal(other.offset, layer.offset)
@@ -220,7 +221,7 @@ def test_an_offset_without_dimensions_is_loaded(assign) -> None:
     for offset in (layer.offset, layer.offset.reshape(())):
         q = layer.weight.with_parts([*layer.weight.parts()[:3], offset])
         assert torch.equal(nf4.linear(x, q, layer.bias), layer(x))
-    with pytest.raises(RuntimeError, match=r"offset: expected torch.float32 \(1,\)"):
+    with pytest.raises(RuntimeError, match=r"offset: expected torch.float32 \(\)"):
         other.load_state_dict({**state, "offset": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"q.offset: expected shape \(\)"):
         nf4.dequantize(layer.weight.with_parts([*layer.weight.parts()[:3], torch.zeros(2)]))
