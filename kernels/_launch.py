@@ -103,9 +103,9 @@ class Launch:
         elif prepared is None:
             prepared = self._prepare(key, grid, args)
         else:
-            _, run, function, metadata, _, tail = prepared
             stream = streams.current_stream(device)
-            run(x, y, z, stream, function, metadata, None, None, None, *values, *tail)
+            start = (x, y, z, stream, prepared.function, prepared.metadata, None, None, None)
+            prepared.run(*start, *values, *prepared.tail)
         if _recording is not None:
             if prepared is None:
                 spoil()
@@ -148,12 +148,10 @@ class Launch:
 
 def _is_watched(kernel: Any) -> bool:
     """Return whether somebody wants to know of launches, as profilers do."""
-    hook = _HOOKS.launch_enter_hook
-    if hook is not None and getattr(hook, "calls", True):
-        return True
-    hook = _HOOKS.launch_exit_hook
-    if hook is not None and getattr(hook, "calls", True):
-        return True
+    enter, leave = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
+    for hook in (enter, leave):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
     return bool(kernel.pre_run_hooks)
 
 
