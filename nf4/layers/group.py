@@ -176,7 +176,7 @@ class Group:
             self._replays.clear()
         if ys is None:
             self._replays[whole] = None
-        elif remembers and launches is not None and len(replay._known) < replay.MOST_OF_ALL:
+        elif remembers and launches is not None and not replay.is_full():
             apart = {tensor.data_ptr() for tensor in (*ys, x, *moving)}
             if len(apart) == len(ys) + 1 + len(moving):
                 self._replays[whole] = GroupReplay(places, ys, [x, *moving], launches)
@@ -253,6 +253,12 @@ def group_of(layer: nn.Module) -> Group | None:
     """Return the group that a layer is in."""
     found: Group | None = vars(layer).get("_group")
     return found
+
+
+def grouped(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Return a layer's output from its group; None if it is in none, or has to compute it alone."""
+    group: Group | None = layer.__dict__.get("_group")  # `group_of`, two calls less
+    return None if group is None else group.product(layer, x)
 
 
 def join(layers: Sequence[nn.Module]) -> None:

@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from nf4.adapters.term import Base, Folded, QuantizedBase
 from nf4.functional import dequantize, quantize, to_fragments, to_rows
-from nf4.layers.group import Alone, Group
+from nf4.layers.group import Alone, grouped
 from nf4.layers.module import QuantizedModule
 from nf4.ops import replay
 from nf4.ops.checks import check_block_size, check_int, check_weight
@@ -247,8 +247,7 @@ class LinearNF4(QuantizedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input @ W.T + bias, ``[..., out_features]`` in the dtype of input."""
-        group: Group | None = self.__dict__.get("_group")
-        y = None if group is None else group.product(self, input)
+        y = grouped(self, input)
         return self.multiply(input) if y is None else y
 
     def base(self) -> Base:

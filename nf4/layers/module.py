@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nf4.functional import to_fragments, to_rows
 from nf4.layers import bitsandbytes as bitsandbytes_files
+from nf4.layers.group import group_of
 from nf4.ops import replay
 from nf4.tensor import PARTS, PLAIN, NF4Tensor, is_finite, is_mark
 
@@ -110,8 +111,9 @@ class QuantizedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the weight with the module, but keep its bytes and fp32 scales as they are."""
         self.__dict__.pop("_replays", None)
-        if self.__dict__.get("_group") is not None:
-            self.__dict__["_group"].forget()
+        group = group_of(self)
+        if group is not None:
+            group.forget()
         frozen = {id(getattr(self, name)) for name in PARTS}
 
         def keep_dtype(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nf4.adapters.layer import AdaptedLayer, check_adapter_name
 from nf4.adapters.lora import LoRA, check_lora_options
 from nf4.adapters.term import Base, Folded
-from nf4.layers.group import Alone, Group
+from nf4.layers.group import Alone, grouped
 from nf4.layers.linear import LinearNF4
 from nf4.tensor import NF4Tensor
 
@@ -23,11 +23,9 @@ class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
 
     def _with_one(self, x: Tensor) -> Tensor | None:
         """Return the product with the only adapter, if there is one and it is plain."""
-        group: Group | None = self.__dict__.get("_group")
-        if group is not None:
-            y = group.product(self, x)
-            if y is not None:
-                return y
+        y = grouped(self, x)
+        if y is not None:
+            return y
         found = self.alone()
         return None if found is None else self.multiply(x, found.factors, found.scaling)
 

@@ -152,7 +152,7 @@ def product(
     if type(replay) is Replay and replay.weight == _pointers(*q.parts()):
         y = replay(x, given)
         return y
-    if len(_known) >= MOST_OF_ALL:
+    if is_full():
         return None
     y, launches = importlib.import_module("nf4.kernels._launch").recorded(long)
     if len(replays) >= MOST:
@@ -319,6 +319,11 @@ def _pointers(
     if absmax2 is None or offset is None:
         return packed.data_ptr(), absmax.data_ptr()
     return packed.data_ptr(), absmax.data_ptr(), absmax2.data_ptr(), offset.data_ptr()
+
+
+def is_full() -> bool:
+    """Return whether no more launches are to be remembered."""
+    return len(_known) >= MOST_OF_ALL
 
 
 def _keep(replay: Replay) -> None:

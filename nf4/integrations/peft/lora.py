@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nf4.adapters.lora import LoRATerm, weight_norm
 from nf4.adapters.term import base_of, compute, compute_mixed, fold
 from nf4.integrations.peft.merged import MergedBesideBase
-from nf4.layers.group import Alone, Group
+from nf4.layers.group import Alone, grouped
 from nf4.layers.linear import does_more
 from nf4.models.merge import MergeError, merge_error
 from nf4.models.starts import initialize
@@ -150,8 +150,7 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         adapter_names = kwargs.pop("adapter_names", None)
         alone = None if adapter_names is not None else self.alone()
         if alone is not None:
-            group: Group | None = self.__dict__.get("_group")
-            y = None if group is None else group.product(self, x)
+            y = grouped(self, x)
             return self.base.multiply(x, alone.factors, alone.scaling) if y is None else y
         if self.disable_adapters:
             if self.merged:
