@@ -116,8 +116,8 @@ def entered(function: Callable[[], Any], events: tuple[str, ...] = ("call", "c_c
         function()
     finally:
         sys.setprofile(None)
-    # This very function, and setprofile
-    return sum(event in events for event in found) - sum(e in events for e in ("call", "c_call"))
+    # One of each kind is none of its: the function itself, and setprofile
+    return sum(event in events for event in found) - len(events)
 
 
 def _inside(event: Any) -> bool:

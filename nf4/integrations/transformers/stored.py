@@ -119,8 +119,7 @@ def check_stored(stored: Mapping[str, Stored], model: Any, tied: Iterable[str]) 
                 continue
             if found is None:
                 raise ValueError(f"{key}: expected this tensor in {files}, found none")
-            shape = () if part == "offset" else tuple(tensor.shape)
-            expected = (shape, _DTYPES[str(tensor.dtype)])
+            expected = (tuple(tensor.shape), _DTYPES[str(tensor.dtype)])
             if (found.shape, found.dtype) != expected:
                 raise ValueError(
                     f"{found.file}: {key}: expected {expected[1]} {expected[0]} (block_size="
