@@ -14,7 +14,6 @@ from nf4.tools.caches import forgettable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("packed", "absmax", "absmax2", "offset")
-_ONE = (1,)  # of a layer's offset: what is sharded has a dimension
 PLAIN = {Tensor, torch.nn.Parameter}  # others may lie nowhere
 
 
@@ -53,7 +52,7 @@ class Weight(NamedTuple):
         packed: uint8, ``ceil(n / 2)`` bytes for n elements; a matrix ``[N, K / 2]`` in fragments.
         absmax: float32 ``[ceil(n / block_size)]``, or its uint8 codes if double-quantized.
         absmax2: float32 ``[ceil(blocks / 256)]``; None without double quantization.
-        offset: float32 ``[]`` or ``[1]``; None without double quantization.
+        offset: float32 ``[]``; None without double quantization.
         shape: sizes of the tensor, n elements in all; of a matrix N and K.
         block_size: elements that share one absmax.
         layout: order of packed and absmax, "rows" or "fragments", see nf4/reference/repack.py.
@@ -101,8 +100,7 @@ class NF4Tensor:
         dtype: dtype of the tensor that was quantized, and of `nf4.dequantize`'s result.
         block_size: elements that share one absmax.
         absmax2: float32 ``[ceil(blocks / 256)]``; None without double quantization.
-        offset: float32 ``[]``, or ``[1]`` as layers hold it, the mean of absmax; None without
-            double quantization.
+        offset: float32 ``[]``, the mean of absmax; None without double quantization.
         layout: "rows", or "fragments" for bytes and absmax in the order tensor cores read, which
             `nf4.to_fragments` makes: an order for memory, never for files.
     """
@@ -298,9 +296,7 @@ def _is_good(q: NF4Tensor) -> bool:
     if absmax2 is None or offset is None:
         good = absmax.dtype == torch.float32 and absmax2 is offset and absmax.device == device
         return good and not (grad and absmax.requires_grad)
-    if absmax.dtype != torch.uint8 or absmax2.shape != shapes[2]:
-        return False
-    if offset.ndim and offset.shape != _ONE:
+    if absmax.dtype != torch.uint8 or absmax2.shape != shapes[2] or offset.ndim:
         return False
     if absmax2.dtype != torch.float32 or offset.dtype != torch.float32:
         return False
@@ -335,9 +331,9 @@ def _check_parts(q: NF4Tensor, name: str) -> None:
             cast = tensor.dtype in (torch.float16, torch.bfloat16)
             raise TypeError(
                 f"{name}.{part}: expected {dtype}, got {tensor.dtype}"
-                + ("; fully_shard casts it: use autocast in place of its param_dtype" * cast)
+                + ("; fully_shard casts it: use double_quant=True, or autocast for its param_dtype" * cast)
             )
-        if tensor.shape != shape and not (part == "offset" and tensor.shape == _ONE):
+        if tensor.shape != shape:
             raise ValueError(
                 f"{name}.{part}: expected shape {tuple(shape)} for {tuple(q.shape)} at block size "
                 f"{q.block_size}, got {tuple(tensor.shape)}"

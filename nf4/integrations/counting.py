@@ -24,7 +24,7 @@ def uncounted(model: Any, embeddings: bool = True) -> int:
         if not isinstance(module, QuantizedModule) or id(module.packed) in seen:
             continue
         seen.add(id(module.packed))
-        found -= sum(p.numel() for p in (getattr(module, name) for name in PARTS) if p is not None)
+        found -= sum(p.numel() for p in map(module._parameters.get, PARTS) if p is not None)
         again = id(module) in others and module.layout != "rows"
         if not again and (embeddings or not isinstance(module, EmbeddingNF4)):
             found += module.weight.numel()

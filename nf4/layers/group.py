@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from nf4.ops import replay
 from nf4.ops.checks import check_linear, check_lora
 from nf4.ops.replay import GroupReplay
-from nf4.tensor import PARTS, Weight
+from nf4.tensor import Weight
 from nf4.tools import streams
 from nf4.tools.terms import LowRank
 
@@ -147,8 +147,9 @@ class Group:
         places: list[int] = []
         count = len(given[0].factors)
         for linear, factors, scaling in given:
-            own = linear._parameters
-            packed, absmax, absmax2, offset = map(own.get, PARTS)
+            own, buffers = linear._parameters, linear._buffers
+            packed, absmax = own.get("packed"), own.get("absmax")
+            absmax2, offset = buffers.get("absmax2"), buffers.get("offset")
             if packed is None or absmax is None or absmax2 is None or offset is None:
                 return None
             if len(factors) != count or "bias" not in own:  # one that is computed
@@ -224,9 +225,9 @@ def _stamp(alone: Alone) -> list[Any] | None:
     None where that cannot be told: tensors of inference mode have no versions.
     """
     linear, factors, scaling = alone
-    own = linear._parameters.get
+    own, buffer = linear._parameters.get, linear._buffers.get
     stamp: list[Any] = [scaling]
-    parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"), own("bias"))
+    parts = (own("packed"), own("absmax"), buffer("absmax2"), buffer("offset"), own("bias"))
     try:
         for tensor in (*parts, *factors):
             if tensor is not None:

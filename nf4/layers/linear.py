@@ -16,6 +16,7 @@ from nf4.ops.checks import check_block_size, check_int, check_weight
 from nf4.ops.choice import wants_fragments
 from nf4.ops.products import multiply_in_layer
 from nf4.tensor import NF4Tensor, check_nf4
+from nf4.tools.ranks import is_sharded
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -89,10 +90,10 @@ def _as_parameter(tensor: Tensor, dtype: torch.dtype | None = None) -> nn.Parame
 class LinearNF4(QuantizedModule):
     """A drop-in for ``torch.nn.Linear`` with a frozen weight in 4-bit NormalFloat.
 
-    The weight is held as plain frozen parameters, so that ``state_dict``, ``.to`` and sharding need
-    no special case: ``packed`` uint8 ``[out_features, in_features / 2]``, ``absmax``, and with
-    double quantization ``absmax2`` and ``offset``, as in `NF4Tensor`. Casting the module changes
-    the bias and `dtype`, never the bytes or the fp32 scales.
+    The weight is held as plain tensors, so that ``state_dict``, ``.to`` and sharding need no
+    special case, as in `NF4Tensor`: frozen parameters ``packed`` uint8 ``[out_features,
+    in_features / 2]`` and ``absmax``, and with double quantization buffers ``absmax2`` and
+    ``offset``. Casting the module changes the bias and `dtype`, never the bytes or fp32 scales.
 
     On a GPU with kernels for the weight's shape, ``packed`` and ``absmax`` are held in the order
     that tensor cores read (`layout` "fragments"), from the moment the layer arrives there;
@@ -226,7 +227,7 @@ class LinearNF4(QuantizedModule):
     def _choose_layout(self) -> None:
         """Hold the weight in fragments where there are kernels for it, in rows elsewhere."""
         q = self.weight
-        if q.device.type == "meta":
+        if q.device.type == "meta" or is_sharded(q.packed):
             return
         if q.layout == "rows" and wants_fragments(q.shape, q.block_size, q.device):
             self.to_fragments()
@@ -263,8 +264,8 @@ class LinearNF4(QuantizedModule):
         """Return the product, with lora_A and lora_B on it or nothing, the shortest way known."""
         replays = None if torch.compiler.is_compiling() else self.__dict__.get("_replays")
         if replays:
-            own = self._parameters.get
-            parts = (own("packed"), own("absmax"), own("absmax2"), own("offset"))
+            own, buffer = self._parameters.get, self._buffers.get
+            parts = (own("packed"), own("absmax"), buffer("absmax2"), buffer("offset"))
             bias = own("bias") if "bias" in self._parameters else self.bias  # may be computed
             y = replay.again(replays, parts, self.block_size, x, (bias, *factors), scaling)
             if y is not None:

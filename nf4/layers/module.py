@@ -6,27 +6,32 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nf4.functional import to_fragments, to_rows
 from nf4.layers import bitsandbytes as bitsandbytes_files
 from nf4.layers.group import group_of
+from nf4.layers.sharded import repacked
 from nf4.ops import replay
-from nf4.tensor import PARTS, PLAIN, NF4Tensor, is_finite, is_mark
+from nf4.tensor import PARTS, NF4Tensor, is_finite, is_mark
+from nf4.tools.ranks import is_sharded, replicated, whole
+
+# A 2,000th of a weight's bytes. As buffers they keep their dtype under the mixed precision of
+# sharded training, and may lack dimensions; each rank holds them whole
+BUFFERS = ("absmax2", "offset")
 
 
 class QuantizedModule(nn.Module):
-    """A module with a frozen weight in 4-bit NormalFloat, held as plain parameters.
+    """A module with a frozen weight in 4-bit NormalFloat, held as plain parameters and buffers.
 
-    ``packed`` uint8 ``[rows, columns / 2]``, ``absmax``, and with double quantization ``absmax2``
-    and ``offset``, as in `NF4Tensor`: ``state_dict``, ``.to`` and sharding need no special case.
-    The offset has one dimension here, as sharding wants it, and none in files; both are loaded.
+    ``packed`` uint8 ``[rows, columns / 2]`` and ``absmax`` are parameters, ``absmax2`` and
+    ``offset``, of double quantization, buffers, as in `NF4Tensor`: ``state_dict``, ``.to`` and
+    sharding need no special case.
     Casting the module changes `dtype`, never the bytes or the fp32 scales. A subclass says by
     `_weight_shape` which sizes the weight has, and by `_choose_layout` in which order it is held.
     """
 
     packed: nn.Parameter
     absmax: nn.Parameter
-    absmax2: nn.Parameter | None
-    offset: nn.Parameter | None
+    absmax2: Tensor | None
+    offset: Tensor | None
     block_size: int
     double_quant: bool
     dtype: torch.dtype
@@ -46,19 +51,14 @@ class QuantizedModule(nn.Module):
     def _hold(self, q: NF4Tensor) -> Self:
         """Hold a weight by its parameters, or new ones: what autograd saved of the old stays."""
         self.__dict__.pop("_replays", None)
-        for name, tensor in zip(PARTS, q.parts(), strict=True):
-            if tensor is None:
-                self.register_parameter(name, None)
-                continue
-            if name == "packed" and q.layout == "fragments":
-                tensor = tensor.detach().view(torch.int32)
-            if name == "offset" and not tensor.ndim:  # of another layer's `weight`: its parameter
-                base = tensor._base
-                shared = isinstance(base, nn.Parameter) and base.shape == (1,)
-                tensor = base if shared and base is not None else tensor.detach().view(1)
+        packed = q.packed if q.layout == "rows" else q.packed.detach().view(torch.int32)
+        for name, tensor in (("packed", packed), ("absmax", q.absmax)):
             if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
                 tensor = nn.Parameter(tensor, requires_grad=False)
             self.register_parameter(name, tensor)
+        for name, scales in zip(BUFFERS, q.parts()[2:], strict=True):
+            plain = scales is None or (type(scales) is Tensor and not scales.requires_grad)
+            self.register_buffer(name, scales if plain else scales.detach())  # type: ignore[union-attr]
         return self
 
     @property
@@ -73,9 +73,6 @@ class QuantizedModule(nn.Module):
     def weight(self) -> NF4Tensor:
         """The quantized weight, sharing this module's tensors, and what it remembers."""
         q = self.held()
-        offset = q.offset
-        if offset is not None and type(offset) in PLAIN and offset.ndim:  # no shard
-            q = q.with_parts((q.packed, q.absmax, q.absmax2, offset.view(())))
         if not torch.compiler.is_compiling():
             replay.share(q, self.replays())
         return q
@@ -107,6 +104,14 @@ class QuantizedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies and pickles what is remembered of these very tensors."""
         return {name: value for name, value in self.__dict__.items() if name != "_replays"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what is pickled; what an earlier version held as parameters becomes buffers."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in BUFFERS:
+            if name in self._parameters:
+                held = self._parameters.pop(name)
+                self.register_buffer(name, None if held is None else held.detach())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the weight with the module, but keep its bytes and fp32 scales as they are."""
@@ -140,8 +145,13 @@ class QuantizedModule(nn.Module):
         if metadata is not None:
             metadata.update(self._describe())
         if self.layout != "rows":
-            q = to_rows(self.weight)
+            q = repacked(self.weight, "rows")
             destination[prefix + "packed"], destination[prefix + "absmax"] = q.packed, q.absmax
+        if is_sharded(self.packed):  # then everything is a DTensor, as who loads it expects
+            for name in BUFFERS:
+                scales = destination.get(prefix + name)
+                if scales is not None:
+                    destination[prefix + name] = replicated(scales, self.packed)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Refuse a weight quantized otherwise, before anything is copied.
@@ -158,13 +168,13 @@ class QuantizedModule(nn.Module):
             self._take_bitsandbytes(state_dict, prefix, args[0])
         held = self.weight
         if held.layout != "rows" and any(prefix + n in state_dict for n in ("packed", "absmax")):
-            self._hold(to_rows(held))
-        offset = state_dict.get(prefix + "offset")
-        if isinstance(offset, Tensor) and self.offset is not None and offset.numel() == 1:
-            state_dict[prefix + "offset"] = offset.view(self.offset.shape)
+            self._hold(repacked(held, "rows"))
+        for name in BUFFERS:
+            if is_sharded(state_dict.get(prefix + name)):
+                state_dict[prefix + name] = whole(state_dict[prefix + name])
         super()._load_from_state_dict(state_dict, prefix, *args)
         if held.layout != "rows":
-            self._hold(to_fragments(self.weight))
+            self._hold(repacked(self.weight, "fragments"))
         else:
             self._choose_layout()
 
@@ -192,9 +202,7 @@ class QuantizedModule(nn.Module):
                 errors.append(f"{key}: expected none (double_quant=False), got one")
             elif old is None or not isinstance(new, Tensor):
                 continue  # missing, or refused by torch
-            elif (new.dtype, new.shape) != (old.dtype, old.shape) and not (
-                name == "offset" and new.dtype == old.dtype and new.numel() == 1
-            ):
+            elif (new.dtype, new.shape) != (old.dtype, old.shape):
                 errors.append(
                     f"{key}: expected {old.dtype} {tuple(old.shape)} (block_size="
                     f"{self.block_size}, double_quant={self.double_quant}), "

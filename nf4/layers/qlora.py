@@ -168,7 +168,7 @@ class QLoRALinear(AdaptedLinearNF4):
         """Take a pickle of an earlier version too, whose adapter was the layer itself."""
         parameters = state.get("_parameters", {})
         own = {n: parameters.pop(n) for n in _PARAMETERS if n in parameters}
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         if own:
             adapter = LoRA.__new__(LoRA)
             nn.Module.__init__(adapter)

@@ -203,28 +203,34 @@ def test_state_dict_round_trips_strictly(kind, double_quant, how) -> None:
 
 def test_state_dict_keys_are_the_documented_ones() -> None:
     keys = list(make(nf4.QLoRALinear).state_dict())
-    own = ["packed", "absmax", "absmax2", "offset", "bias"]
+    own = ["packed", "absmax", "bias", "absmax2", "offset"]
     assert keys == [*own, "adapters.default.lora_A", "adapters.default.lora_B"]
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_an_offset_without_dimensions_is_loaded(assign) -> None:
-    """As files have it, and earlier state dicts; sharding wants one dimension."""
+def test_fp32_scales_are_buffers_and_what_is_packed_parameters() -> None:
+    """So that sharded training may cast parameters, and scales keep their values."""
+    layer = make(nf4.LinearNF4, bias=False)
+    assert set(dict(layer.named_parameters())) == {"packed", "absmax"}
+    assert set(dict(layer.named_buffers())) == {"absmax2", "offset"}
+    again = nf4.LinearNF4.from_weight(layer.weight)
+    for name in ("packed", "absmax", "absmax2", "offset"):
+        assert getattr(again, name) is getattr(layer, name)
+    plain = make(nf4.LinearNF4, bias=False, double_quant=False)
+    assert set(dict(plain.named_parameters())) == {"packed", "absmax"}
+    assert not list(plain.buffers())
+
+
+def test_pickles_with_all_parts_as_parameters_still_load() -> None:
     layer, other = make(nf4.LinearNF4), make(nf4.LinearNF4)
-    assert layer.offset.shape == (1,) and layer.weight.offset.shape == ()
-    assert nf4.LinearNF4.from_weight(layer.weight).offset is layer.offset
-    state = {**layer.state_dict(), "offset": layer.offset.detach().reshape(())}
-    other.load_state_dict(state, assign=assign)
-    assert other.offset.shape == (1,) and torch.equal(other.offset, layer.offset)
+    state = copy.deepcopy(layer.__getstate__())
+    for name in ("absmax2", "offset"):
+        scales = state["_buffers"].pop(name)
+        state["_parameters"][name] = torch.nn.Parameter(scales, requires_grad=False)
+    other.__setstate__(state)
+    assert frozen_bytes(other) == frozen_bytes(layer)
+    assert set(dict(other.named_buffers())) == {"absmax2", "offset"}
     x = torch.randn(2, layer.in_features)
     assert torch.equal(other(x), layer(x))
-    for offset in (layer.offset, layer.offset.reshape(())):
-        q = layer.weight.with_parts([*layer.weight.parts()[:3], offset])
-        assert torch.equal(nf4.linear(x, q, layer.bias), layer(x))
-    with pytest.raises(RuntimeError, match=r"offset: expected torch.float32 \(\)"):
-        other.load_state_dict({**state, "offset": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"q.offset: expected shape \(\)"):
-        nf4.dequantize(layer.weight.with_parts([*layer.weight.parts()[:3], torch.zeros(2)]))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"adapter_name": "en"}], ids=str)

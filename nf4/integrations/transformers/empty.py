@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nf4.functional import quantize
@@ -10,7 +9,6 @@ from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.stored import Stored, forms_in_model, is_part
 from nf4.layers.experts import ExpertsNF4, is_experts
 from nf4.layers.linear import LinearNF4
-from nf4.layers.module import QuantizedModule
 from nf4.models.quantize import quantized_layer, replace_layers, tie_parts
 from nf4.models.selection import dense_layers, dense_weights
 from nf4.tensor import NF4Tensor
@@ -62,19 +60,3 @@ def make_empty(
 
     replace_layers(model, layers, convert)
     tie_parts(model, tied)
-    shape_offsets(model, torch.Size([]))
-
-
-def shape_offsets(model: Any, shape: torch.Size) -> None:
-    """Give the scales' offsets a shape: that of files to load them, then that of layers.
-
-    What is shared stays shared. What accelerate brings when it is asked for is left as it is.
-    """
-    shaped: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        if not isinstance(module, QuantizedModule) or hasattr(module, "_hf_hook"):
-            continue
-        old = module.offset
-        if old is not None and old.shape != shape:
-            new = nn.Parameter(old.detach().view(shape), requires_grad=False)
-            module.register_parameter("offset", shaped.setdefault(id(old), new))

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from nf4.integrations.transformers.config import METHOD, NF4Config
-from nf4.integrations.transformers.empty import layers_in_files, make_empty, shape_offsets
+from nf4.integrations.transformers.empty import layers_in_files, make_empty
 from nf4.integrations.transformers.operations import (
     BITSANDBYTES,
     FromBitsandbytes,
@@ -54,6 +54,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         self.stored: dict[str, Stored] = {}  # what the checkpoint's files hold, by name
         self.tied: dict[str, str] = {}  # layers that share their weight with embeddings, by name
         self.waiting: dict[str, dict[str, list[NF4Tensor]]] = {}  # experts of which half is there
+        self.state_to_save: dict[str, Any] | None = None  # which need not be the model's own
         self.adapted = False  # whether the model has adapters of nf4's
         self.dense_conversions: list[Any] | None = None  # of the model without 4-bit layers
 
@@ -155,7 +156,6 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
                 for parameter in module.weight.tensors():
                     parameter.requires_grad_(False)
                 module._choose_layout()
-        shape_offsets(model, torch.Size([1]))
         tie_parts(model, self.tied)
         name_weights(model)
         self.keep_conversions(model, getattr(model, "_weight_conversions", None) or [])
@@ -190,11 +190,8 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Return what `save_pretrained` writes: with a mark that only nf4 passes over."""
-        state: dict[str, Any] = model.state_dict()
-        for name, module in model.named_modules():
-            offset = state.get(f"{name}.offset")
-            if isinstance(module, QuantizedModule) and offset is not None and offset.numel() == 1:
-                state[f"{name}.offset"] = offset.view(())
+        given = self.state_to_save
+        state: dict[str, Any] = model.state_dict() if given is None else dict(given)
         tied = {id(m) for n, m in model.named_modules() if f"{n}.packed" in tied_parts(model)}
         linear = (n for n, m in model.named_modules() if type(m) is LinearNF4 and id(m) not in tied)
         inside = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, ExpertsNF4))

@@ -1,10 +1,32 @@
 """Weights that are tied to embeddings in four bits: which, and how they stay so."""
 
+from collections.abc import Callable
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from nf4.integrations.transformers.config import NF4Config
+from nf4.integrations.wrapping import wrap_once
+from nf4.layers.module import BUFFERS, QuantizedModule
 from nf4.models.readers import read_layers
 from nf4.models.selection import is_below, resolve_skip, token_embeddings
+
+
+def install() -> None:
+    """Let every transformers model tie the scales of 4-bit weights that are buffers; once."""
+    wrap_once(PreTrainedModel, "get_parameter", _with_scales)
+
+
+def _with_scales(shipped: Callable[..., Any]) -> Callable[..., Any]:
+    def get_parameter(self: Any, target: str) -> Any:
+        module, _, name = target.rpartition(".")
+        if name in BUFFERS:
+            layer = self.get_submodule(module)
+            if isinstance(layer, QuantizedModule) and layer._buffers.get(name) is not None:
+                return layer._buffers[name]
+        return shipped(self, target)
+
+    return get_parameter
 
 
 def tied_to_embeddings(model: Any, config: NF4Config) -> list[tuple[str, str]]:

@@ -1,0 +1,21 @@
+"""Weights whose parts are sharded over processes, as DTensors of which each holds its share.
+
+`torch.distributed.fsdp.fully_shard` makes them of a layer's parameters, and gathers them while the
+layer computes. What is here is for the time between: files are in rows, whatever the layout.
+"""
+
+from nf4.functional import to_fragments, to_rows
+from nf4.tensor import NF4Tensor
+from nf4.tools.ranks import distributed, is_sharded, whole
+
+
+def repacked(q: NF4Tensor, layout: str) -> NF4Tensor:
+    """Return a weight in a layout, sharded as it was: then each process of its mesh has to ask."""
+    if q.layout == layout:
+        return q
+    repack = to_rows if layout == "rows" else to_fragments
+    if not is_sharded(q.packed):
+        return repack(q)
+    found = repack(q.with_parts([None if part is None else whole(part) for part in q.parts()]))
+    packed, absmax = distributed(found.packed, q.packed), distributed(found.absmax, q.absmax)
+    return found.with_parts((packed, absmax, q.absmax2, q.offset))
