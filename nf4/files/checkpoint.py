@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nf4.adapters.layer import AdaptedLayer, BaseChange, adapted_layers
 from nf4.adapters.targets import shortest_targets
@@ -21,6 +23,7 @@ from nf4.models.adapt import (
 )
 from nf4.models.quantize import check_model, check_no_peft
 from nf4.tools.paths import check_new, new_folder
+from nf4.tools.ranks import is_sharded, rank, whole
 
 # Of a file's metadata: whether a start took the weights before quantization
 FROM_ORIGINAL = "nf4_from_original"
@@ -34,6 +37,8 @@ def save_adapter(
     Names are those of the model itself, without what torch.compile and DistributedDataParallel wrap
     around it. A mixture of `nf4.add_adamix` is written in a form of our own; PEFT opens what
     `nf4.merge_adamix` makes of it.
+
+    Each process saves a model that is sharded over several, and the first one writes.
 
     Args:
         model: a module with adapters.
@@ -51,12 +56,19 @@ def save_adapter(
     check_no_peft(model)
     path = check_new(path, "path")
     files = adapter_files(model, adapter_name)
-    with new_folder(path) as folder:
-        files.write(folder)
+    shared = any(is_sharded(parameter) for parameter in model.parameters())
+    if not shared or rank() == 0:
+        with new_folder(path) as folder:
+            files.write(folder)
+    if shared:
+        torch.distributed.barrier()
 
 
 def adapter_files(
-    model: nn.Module, adapter_name: str | None = None, with_base: bool = False
+    model: nn.Module,
+    adapter_name: str | None = None,
+    with_base: bool = False,
+    state: Mapping[str, Tensor] | None = None,
 ) -> AdapterFiles:
     """Return what is to be written of an adapter, all checked.
 
@@ -65,11 +77,14 @@ def adapter_files(
         adapter_name: which adapter; by default the active one, or the only one.
         with_base: whether the base is written beside it, as a start may have changed it, for
             transformers to open both.
+        state: of the model, if its values are to be written in place of those that it has; by
+            default each process has to ask, if the model is sharded.
 
     Raises:
         ValueError: as for `save_adapter`.
     """
     model = unwrapped(model)
+    values = partial(_value, state or {}, _names(model) if state else {})
     layers = adapter_layers(model, adapter_name)
     config = _adapter_config(model, layers)
     changes = None if with_base else _base_changes(model, layers)
@@ -77,22 +92,33 @@ def adapter_files(
     for name, adapter in layers.items():
         if any(t.is_meta for t in adapter.tensors().values()):
             raise ValueError(f"{name}: expected an adapter with values, got one on meta")
-        if not all(p.isfinite().all() for p in adapter.parameters()):
+        held = {part: values(tensor) for part, tensor in adapter.tensors().items()}
+        if not all(tensor.isfinite().all() for tensor in held.values()):
             raise ValueError(f"{name}: expected an adapter of finite values to save, got others")
         others = {part: alias for alias, part in adapter.aliases.items()} if with_base else {}
-        for part, tensor in adapter.tensors().items():
+        for part, tensor in held.items():
             end = others.get(part, part)
             key = f"{name}.{end}" if name else end
-            tensors[PREFIX + key] = tensor.detach().cpu().contiguous()
+            tensors[PREFIX + key] = tensor.cpu().contiguous()
     for name, parameter in biases_of(model, config.get("bias", "none")).items():
         module = file_name(name.rpartition(".")[0])
         key = f"{module}.base_layer.bias" if module in layers else file_name(name)
-        tensors[PREFIX + key] = parameter.detach().cpu().contiguous()
+        tensors[PREFIX + key] = values(parameter).cpu().contiguous()
     metadata = {}
     if changes is not None:
         config["init_lora_weights"] = changes.kind
         metadata[FROM_ORIGINAL] = str(changes.from_original)
     return AdapterFiles(config, tensors, metadata)
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _value(state: Mapping[str, Tensor], names: Mapping[int, str], parameter: Tensor) -> Tensor:
+    """Return the value of a parameter in a state dict, or else its own, whole."""
+    given = state.get(names.get(id(parameter), ""))
+    return whole((parameter if given is None else given).detach())
 
 
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, Adapter]:

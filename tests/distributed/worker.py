@@ -106,37 +106,65 @@ def accelerated(kind: str, rank: int, ranks: int) -> dict[str, Any]:
     return {"gradients": grads, "wrapper": type(model).__name__}
 
 
-def fsdp(kind: str, rank: int, ranks: int) -> dict[str, Any]:
-    """Train sharded, with double quantization or scales in fp32."""
-    from torch.distributed.fsdp import fully_shard
+def sharded_model(kind: str, rank: int) -> nn.Module:
+    """Return an adapted model under fully_shard, as a kind of training has it."""
+    from torch.distributed.checkpoint import state_dict as states
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    model = adapted_model("lora", double_quant=kind == "double_quant")
-    whole = sum(p.nbytes for n, p in model.named_parameters() if n.endswith("packed"))
-    layers = model.model.layers
-    for layer in layers:
-        fully_shard(layer)
-    fully_shard(model)
+    adapter = "peft" if kind == "peft" else "lora"
+    model = adapted_model(adapter, double_quant=kind != "fp32")
+    saved = model.state_dict() if rank == 0 else {}
+    options: dict[str, Any] = {}
+    if kind == "mixed":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        options["mp_policy"] = policy
+    elif kind == "offloaded":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)  # which wants a GPU
+    elif kind == "checkpointed":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    elif kind == "fragments":
+        for layer in model.modules():
+            if isinstance(layer, nf4.LinearNF4):
+                layer.to_fragments()
+    elif kind == "meta":
+        model.to("meta")
+    llama = model.base_model.model if kind == "peft" else model
+    for layer in llama.model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    if kind == "meta":
+        model.to_empty(device="cpu")
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # of no state dict
+        given = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        states.set_model_state_dict(model, saved, options=given)
+    return model
+
+
+def fsdp(kind: str, rank: int, ranks: int) -> dict[str, Any]:
+    """Train sharded."""
+    from torch.distributed.checkpoint import state_dict as states
+
+    model = sharded_model(kind, rank)
+    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     packed = [p for n, p in model.named_parameters() if n.endswith("packed")]
-    held = sum(p.to_local().nbytes for p in packed)
+    found: dict[str, Any] = {
+        "share": sum(p.to_local().nbytes for p in packed) / sum(p.nbytes for p in packed),
+        "state": states.get_model_state_dict(model, options=whole),
+    }
     part = own_part(rank, ranks)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     model(input_ids=part, labels=part).loss.backward()
-    grads = {n: p.grad.full_tensor() for n, p in trained(model).items()}
-    shards = [p.grad.to_local().numel() for p in trained(model).values()]
+    found["gradients"] = {n: p.grad.full_tensor() for n, p in trained(model).items()}
+    found["shards"] = sum(p.grad.to_local().numel() for p in trained(model).values())
     optimizer.step()
-    states = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
-    loss = model(input_ids=part, labels=part).loss.detach()
-    return {
-        "gradients": grads,
-        "share": held / whole,
-        "shards": sum(shards),
-        "states": states,
-        "loss": loss,
-    }
+    moments = (state["exp_avg"] for state in optimizer.state.values())
+    found["states"] = sum(moment.to_local().numel() for moment in moments)
+    found["loss"] = model(input_ids=part, labels=part).loss.detach()
+    return found
 
 
 def cast(kind: str, rank: int, ranks: int) -> dict[str, Any]:
-    """Let fully_shard cast the scales, and return what is said to it."""
+    """Let fully_shard cast scales that are parameters, and return what is said to it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = adapted_model("lora", double_quant=kind == "double_quant")
@@ -145,6 +173,52 @@ def cast(kind: str, rank: int, ranks: int) -> dict[str, Any]:
         model(input_ids=TOKENS)
     except TypeError as error:
         return {"message": str(error)}
+    return {}
+
+
+def prepared(kind: str, rank: int, ranks: int) -> dict[str, Any]:
+    """Train as accelerate does under fully_shard, which it knows on GPUs alone."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+    from torch.distributed.checkpoint import state_dict as states
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        cpu_ram_efficient_loading=True,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, mixed_precision="bf16")
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    plugin.set_mixed_precision("bf16")
+    model = adapted_model(kind)
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    part = own_part(rank, ranks)
+    accelerator.backward(model(input_ids=part, labels=part).loss)
+    grads = {n: p.grad.full_tensor() for n, p in trained(model).items()}
+    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {
+        "gradients": grads,
+        "wrapper": type(model).__name__,
+        "state": states.get_model_state_dict(model, options=whole),
+        "cast": str(plugin.mixed_precision_policy.param_dtype),
+    }
+
+
+def folder(kind: str, rank: int, ranks: int) -> dict[str, Any]:
+    """Save a sharded model as transformers does, and its adapter, to a folder called kind."""
+    from torch.distributed.checkpoint import state_dict as states
+
+    model = sharded_model("double_quant", rank)
+    path = Path(kind)
+    model.save_pretrained(path / "own", is_main_process=rank == 0)
+    nf4.save_adapter(model, path / "adapter")
+    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = states.get_model_state_dict(model, options=whole)
+    if rank == 0:  # as the Trainer does
+        model.save_pretrained(path / "given", state_dict=state)
     return {}
 
 
@@ -189,8 +263,10 @@ TASKS = {
     "accelerated": accelerated,
     "cast": cast,
     "ddp": ddp,
+    "folder": folder,
     "fsdp": fsdp,
     "load": partial(_checkpointed, saves=False),
+    "prepared": prepared,
     "save": partial(_checkpointed, saves=True),
 }
 

@@ -24,6 +24,7 @@ from nf4.integrations.transformers.host import settle
 from nf4.integrations.transformers.quantizer import NF4Quantizer
 from nf4.integrations.wrapping import wrap_once
 from nf4.models.adapt import adapter_names
+from nf4.tools.ranks import gathered, is_sharded
 
 
 def install() -> None:
@@ -41,15 +42,18 @@ def _saving(shipped: Callable[..., Any]) -> Callable[..., Any]:
         bound.apply_defaults()
         given = bound.arguments
         adapted = bool(adapted_layers(self))
-        files = _files_of(self) if adapted else {}
+        state, writes = given["state_dict"], given["is_main_process"]
+        if state is None and any(is_sharded(parameter) for parameter in self.parameters()):
+            state = gathered(self.state_dict(), keep=writes)
+        files = _files_of(self, state) if adapted and writes else {}
         if adapted and given["push_to_hub"]:
             raise ValueError(
                 "push_to_hub: expected False for a model with nf4's adapters, got True; save the "
                 "folder, and upload it with `hf upload REPOSITORY FOLDER`"
             )
-        with config_of_its_own(self), ignoring_adapters(self):
+        with config_of_its_own(self), ignoring_adapters(self), saving_state(self, state):
             result = shipped(self, *args, **kwargs)
-        if given["is_main_process"]:
+        if writes:
             _write(files, Path(given["save_directory"]))
             quantizer = getattr(self, "hf_quantizer", None)
             alone = getattr(self, "_hf_peft_config_loaded", False)  # PEFT's adapter, and no base
@@ -60,7 +64,7 @@ def _saving(shipped: Callable[..., Any]) -> Callable[..., Any]:
     return save_pretrained
 
 
-def _files_of(model: nn.Module) -> dict[str, AdapterFiles]:
+def _files_of(model: nn.Module, state: dict[str, Any] | None) -> dict[str, AdapterFiles]:
     """Return what is to be written of a model's adapters, by folder; "" is the model's own."""
     active = sorted({name for layer in adapted_layers(model) for name in layer.active_adapters})
     if len(active) > 1:
@@ -69,7 +73,7 @@ def _files_of(model: nn.Module) -> dict[str, AdapterFiles]:
             "choose one by nf4.set_adapter, or save each by nf4.save_adapter"
         )
     return {
-        "" if name in active else name: adapter_files(model, name, with_base=True)
+        "" if name in active else name: adapter_files(model, name, True, state)
         for name in adapter_names(model)
     }
 
@@ -92,6 +96,19 @@ def config_of_its_own(model: Any) -> Iterator[None]:
         yield
     finally:
         model.config.quantization_config = said
+
+
+@contextmanager
+def saving_state(model: Any, state: dict[str, Any] | None) -> Iterator[None]:
+    """Let a model's quantizer write a state dict that was given, in place of the model's own."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, NF4Quantizer):
+        quantizer.state_to_save = state
+    try:
+        yield
+    finally:
+        if isinstance(quantizer, NF4Quantizer):
+            quantizer.state_to_save = None
 
 
 @contextmanager
