@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nf4.files.export import export_checkpoint
     from nf4.files.loading import load_adapter
     from nf4.files.stream import quantize_checkpoint
+    from nf4.layers.parallel import ColwiseParallel, RowwiseParallel
     from nf4.models.fuse import fuse_projections, unfuse_projections
     from nf4.models.kinds.adamix import add_adamix, merge_adamix
     from nf4.models.kinds.ia3 import add_ia3
@@ -44,10 +45,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "ColwiseParallel",
     "EmbeddingNF4",
     "LinearNF4",
     "NF4Tensor",
     "QLoRALinear",
+    "RowwiseParallel",
     "add_adamix",
     "add_ia3",
     "add_lora",
@@ -90,6 +93,8 @@ _LATER = {
     "collect_activation_stats": "nf4.error.activations",
     "expected_error": "nf4.error.theory",
     "export_checkpoint": "nf4.files.export",
+    "ColwiseParallel": "nf4.layers.parallel",
+    "RowwiseParallel": "nf4.layers.parallel",
     "fuse_projections": "nf4.models.fuse",
     "load_adapter": "nf4.files.loading",
     "merge_adamix": "nf4.models.kinds.adamix",

@@ -328,11 +328,9 @@ def _check_parts(q: NF4Tensor, name: str) -> None:
         ]
     for part, tensor, dtype, shape in parts:
         if tensor.dtype != dtype:
-            cast = tensor.dtype in (torch.float16, torch.bfloat16)
-            raise TypeError(
-                f"{name}.{part}: expected {dtype}, got {tensor.dtype}"
-                + ("; fully_shard casts it: use double_quant=True, or autocast for its param_dtype" * cast)
-            )
+            is_cast = tensor.dtype in (torch.float16, torch.bfloat16)
+            hint = "; fully_shard casts it: use double_quant=True, or autocast for its param_dtype"
+            raise TypeError(f"{name}.{part}: expected {dtype}, got {tensor.dtype}{hint * is_cast}")
         if tensor.shape != shape:
             raise ValueError(
                 f"{name}.{part}: expected shape {tuple(shape)} for {tuple(q.shape)} at block size "

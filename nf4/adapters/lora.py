@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from nf4.adapters.factor_parts import local_factor
 from nf4.adapters.term import (
     Adapter,
     Base,
@@ -31,7 +32,7 @@ from nf4.ops.checks import check_dropout, check_int, check_number
 from nf4.ops.products import times_scaling
 from nf4.ops.registry import call, define
 from nf4.ops.weight import WEIGHT, parts_of
-from nf4.tensor import NF4Tensor
+from nf4.tensor import PLAIN, NF4Tensor
 
 _ROWS = 256  # of W that are dense at a time
 # Options of PEFT that change what the tensors mean, with the values that do not
@@ -286,7 +287,14 @@ class LoRA(Adapter):
     def term(self) -> LoRATerm:
         """Return what the adapter computes with, dropout only in training."""
         dropout_p = self.lora_dropout if self.training else 0.0
-        return LoRATerm(self.lora_A, self.lora_B, self.scaling, dropout_p, self.lora_magnitude)
+        return LoRATerm(*self.factors(), self.scaling, dropout_p, self.lora_magnitude)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return lora_A and lora_B; this process's parts on a layer that is split."""
+        lora_A, lora_B = self.lora_A, self.lora_B
+        if type(lora_A) in PLAIN:
+            return lora_A, lora_B
+        return local_factor(lora_A), local_factor(lora_B)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what PEFT's files hold, by the ends of their names."""

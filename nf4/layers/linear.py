@@ -182,6 +182,8 @@ class LinearNF4(QuantizedModule):
         """
         if isinstance(old, LinearNF4):
             self.conv1d = old.conv1d
+            if old.split is not None:
+                old.split.carry(old, self)
         elif is_conv1d(old):
             self.conv1d = type(old)
         return self.train(old.training)
@@ -253,7 +255,11 @@ class LinearNF4(QuantizedModule):
 
     def base(self) -> Base:
         """Return x W^T + bias on the 4-bit weight."""
-        return QuantizedBase(self.held(), self.bias, self.replays())
+        return QuantizedBase(self.held(), self._own_bias(), self.replays())
+
+    def _own_bias(self) -> Tensor | None:
+        """Return the bias; of a layer that is split, what its part adds to the product."""
+        return self.bias if self.split is None else self.split.bias(self.bias)
 
     def multiply(
         self,
@@ -265,12 +271,18 @@ class LinearNF4(QuantizedModule):
         replays = None if torch.compiler.is_compiling() else self.__dict__.get("_replays")
         if replays:
             own, buffer = self._parameters.get, self._buffers.get
+            parts: replay.Parts
+            bias: Tensor | None
             parts = (own("packed"), own("absmax"), buffer("absmax2"), buffer("offset"))
             bias = own("bias") if "bias" in self._parameters else self.bias  # may be computed
+            if self.split is not None:
+                parts = (parts[0], buffer("absmax"), *parts[2:])
+                bias = self.split.bias(bias)
             y = replay.again(replays, parts, self.block_size, x, (bias, *factors), scaling)
             if y is not None:
                 return y
-        return multiply_in_layer(x, self.held(), self.bias, self.replays(), factors, scaling)
+        bias = self._own_bias()
+        return multiply_in_layer(x, self.held(), bias, self.replays(), factors, scaling)
 
     def alone(self) -> Alone | None:
         """Return what the layer computes, for a `Group`."""
@@ -303,6 +315,7 @@ class LinearNF4(QuantizedModule):
             weight: what to take instead of `merged_weight`, of the same shape and dtype; adapters
                 are left out of the bias then.
         """
+        self.check_whole("merge")
         weight, bias = self._merged() if weight is None else (weight, self.bias)
         return make_linear(weight, bias).train(self.training)
 
@@ -316,4 +329,5 @@ class LinearNF4(QuantizedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, block_size={self.block_size}, "
             f"double_quant={self.double_quant}, dtype={self.dtype}"
+            + ("" if self.split is None else f", split={self.split}")
         )

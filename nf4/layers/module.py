@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nf4.layers import bitsandbytes as bitsandbytes_files
 from nf4.layers.group import group_of
 from nf4.layers.sharded import repacked
+from nf4.layers.split import WHOLE, Split
 from nf4.ops import replay
 from nf4.tensor import PARTS, NF4Tensor, is_finite, is_mark
 from nf4.tools.ranks import is_sharded, replicated, whole
@@ -35,6 +36,8 @@ class QuantizedModule(nn.Module):
     block_size: int
     double_quant: bool
     dtype: torch.dtype
+    split: Split | None = None  # over the processes of tensor parallelism
+    awaits = False  # values that transformers loads, whose state dict has plain scales
 
     @property
     def _weight_shape(self) -> torch.Size:
@@ -55,7 +58,11 @@ class QuantizedModule(nn.Module):
         for name, tensor in (("packed", packed), ("absmax", q.absmax)):
             if not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
                 tensor = nn.Parameter(tensor, requires_grad=False)
+            self._buffers.pop(name, None)
             self.register_parameter(name, tensor)
+        if self.split is not None:  # of scales a part may have fp32 ones in place of codes
+            del self.absmax
+            self.register_buffer("absmax", q.absmax.detach())
         for name, scales in zip(BUFFERS, q.parts()[2:], strict=True):
             plain = scales is None or (type(scales) is Tensor and not scales.requires_grad)
             self.register_buffer(name, scales if plain else scales.detach())  # type: ignore[union-attr]
@@ -119,7 +126,8 @@ class QuantizedModule(nn.Module):
         group = group_of(self)
         if group is not None:
             group.forget()
-        frozen = {id(getattr(self, name)) for name in PARTS}
+        names = PARTS if self.split is None else (*PARTS, *WHOLE)
+        frozen = {id(getattr(self, name)) for name in names}
 
         def keep_dtype(t: Tensor) -> Tensor:
             out = fn(t)
@@ -144,10 +152,15 @@ class QuantizedModule(nn.Module):
         metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if metadata is not None:
             metadata.update(self._describe())
+        if self.split is not None:
+            self.split.save(self, destination, prefix, self.awaits)
+            return
         if self.layout != "rows":
             q = repacked(self.weight, "rows")
             destination[prefix + "packed"], destination[prefix + "absmax"] = q.packed, q.absmax
-        if is_sharded(self.packed):  # then everything is a DTensor, as who loads it expects
+        if (
+            is_sharded(self.packed) and not self.awaits
+        ):  # then everything is a DTensor, as who loads it expects
             for name in BUFFERS:
                 scales = destination.get(prefix + name)
                 if scales is not None:
@@ -166,6 +179,11 @@ class QuantizedModule(nn.Module):
             del state_dict[prefix + "weight"]
         if prefix + "weight" in bitsandbytes_files.weights_in(state_dict):
             self._take_bitsandbytes(state_dict, prefix, args[0])
+        if self.split is not None:
+            self.split.load(self, state_dict, prefix)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            self._choose_layout()
+            return
         held = self.weight
         if held.layout != "rows" and any(prefix + n in state_dict for n in ("packed", "absmax")):
             self._hold(repacked(held, "rows"))
@@ -185,7 +203,10 @@ class QuantizedModule(nn.Module):
             state_dict: with parts of 4-bit weights by our names or by bitsandbytes'.
             prefix: of this layer's names in it, such as ``"fc."``.
         """
+        expected = self._expected()
         if prefix + "weight" in bitsandbytes_files.weights_in(state_dict):
+            if self.split is not None:
+                return [f"{prefix}weight: expected nf4's tensors for a split layer, got another's"]
             try:
                 q = bitsandbytes_files.read(state_dict, prefix + "weight")
             except ValueError as error:
@@ -196,21 +217,40 @@ class QuantizedModule(nn.Module):
                 f"{prefix}weight: expected shape {tuple(self._weight_shape)}, got {tuple(q.shape)}"
             ]
         errors = []
-        for name, old in zip(PARTS, self.weight.parts(), strict=True):
-            new, key = state_dict.get(prefix + name), prefix + name
-            if new is not None and old is None:
+        for name in PARTS:
+            new, key, form = state_dict.get(prefix + name), prefix + name, expected.get(name)
+            if new is not None and form is None:
                 errors.append(f"{key}: expected none (double_quant=False), got one")
-            elif old is None or not isinstance(new, Tensor):
+            elif form is None or not isinstance(new, Tensor):
                 continue  # missing, or refused by torch
-            elif (new.dtype, new.shape) != (old.dtype, old.shape):
+            elif (new.dtype, new.shape) != form:
                 errors.append(
-                    f"{key}: expected {old.dtype} {tuple(old.shape)} (block_size="
+                    f"{key}: expected {form[0]} {tuple(form[1])} (block_size="
                     f"{self.block_size}, double_quant={self.double_quant}), "
                     f"got {new.dtype} {tuple(new.shape)}"
                 )
             elif not is_finite(new):
                 errors.append(f"{key}: expected finite values, got NaN or an infinity")
         return errors
+
+    def _expected(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Return dtypes and shapes of the parts in a state dict."""
+        if self.split is not None:
+            return self.split.expected()
+        parts = zip(PARTS, self.weight.parts(), strict=True)
+        return {name: (part.dtype, part.shape) for name, part in parts if part is not None}
+
+    def check_whole(self, what: str) -> None:
+        """Raise ValueError if the layer is one of a part.
+
+        Args:
+            what: what is to be done with it.
+        """
+        if self.split is not None:
+            raise ValueError(
+                f"expected a whole layer to {what}, got one with {self.split}: do it in one "
+                "process, before the model is split or after it was saved"
+            )
 
     def _take_bitsandbytes(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]

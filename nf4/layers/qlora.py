@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nf4.adapters.layer import AdaptedLayer, check_adapter_name
 from nf4.adapters.lora import LoRA, check_lora_options
-from nf4.adapters.term import Base, Folded
+from nf4.adapters.term import Adapter, Base, Folded
 from nf4.layers.group import Alone, grouped
 from nf4.layers.linear import LinearNF4
 from nf4.tensor import NF4Tensor
@@ -38,7 +38,8 @@ class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
         lora_A, lora_B = own("lora_A"), own("lora_B")
         if lora_A is None or lora_B is None:
             return None
-        given = (self, (lora_A, lora_B), adapter.scaling)
+        factors = (lora_A, lora_B) if self.split is None else adapter.factors()
+        given = (self, factors, adapter.scaling)
         return tuple.__new__(Alone, given)  # what Alone(*given) comes to, a call less
 
     def _alone(self) -> LoRA | None:
@@ -59,7 +60,14 @@ class AdaptedLinearNF4(AdaptedLayer, LinearNF4):
 
     def to_base(self) -> LinearNF4:
         """Return the frozen layer without adapters; it shares weight and bias."""
-        return LinearNF4.from_weight(self.weight, self.bias).take_after(self)
+        bias = self.bias if self.split is None else None  # which `take_after` brings
+        return LinearNF4.from_weight(self.weight, bias).take_after(self)
+
+    def hold_adapter(self, name: str, adapter: Adapter) -> None:
+        """Hold an adapter by a name, also in the place of another."""
+        if self.split is not None:
+            self.split.share(adapter)
+        super().hold_adapter(name, adapter)
 
     def _merged(self) -> Folded:
         weight, bias = self.exact_merged()
@@ -146,7 +154,8 @@ class QLoRALinear(AdaptedLinearNF4):
     def with_lora(cls, layer: LinearNF4, name: str, adapter: LoRA) -> Self:
         """Make a layer of a frozen one, whose weight and bias it shares, and its adapter."""
         # Its own adapter, on meta, is not drawn: a seed gives 4-bit and dense layers one start
-        new = super().from_weight(layer.weight, layer.bias, adapter_name=name, **adapter.options)
+        bias = layer.bias if layer.split is None else None  # which `take_after` brings
+        new = super().from_weight(layer.weight, bias, adapter_name=name, **adapter.options)
         return new.take_after(layer)._start_with(name, adapter)
 
     # What of its adapter is the layer's too

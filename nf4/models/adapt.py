@@ -25,6 +25,7 @@ from nf4.models.quantize import (
 )
 from nf4.models.selection import dense_layers
 from nf4.ops.checks import check_names
+from nf4.tools.ranks import is_sharded
 
 
 def find_targets(
@@ -202,6 +203,8 @@ def call_layers(model: nn.Module) -> None:
 
 def layer_base(layer: nn.Module) -> Base:
     """Return the product of a linear layer, without the adapters it may have."""
+    if isinstance(layer, LinearNF4) and layer.split is not None:
+        return layer.split.base(layer)
     if isinstance(layer, AdaptedLayer | LinearNF4):
         return layer.base()
     bias: Any = layer.bias
@@ -216,6 +219,13 @@ def with_adapter(layer: nn.Module, adapter_name: str, adapter: Adapter) -> Adapt
         adapter_name: of the adapter.
         adapter: what to put there.
     """
+    if isinstance(layer, LinearNF4) and is_sharded(layer.packed):
+        raise ValueError(
+            "expected a layer that no process has a part of, to put an adapter on, got one of "
+            "fully_shard, which comes after"
+        )
+    if isinstance(layer, LinearNF4) and layer.split is not None:
+        layer.split.check_adapter(adapter)
     if isinstance(layer, AdaptedLayer):
         adapted = layer
     elif not isinstance(layer, LinearNF4):

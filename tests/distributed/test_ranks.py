@@ -1,42 +1,17 @@
 """Training in several processes, on a CPU by gloo: the gradients of one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import worker
 from helpers import error
+from ranks import check, run
 
 import nf4
-
-WORKER = Path(worker.__file__)
-
-
-def run(task: str, kind: str, folder: Path, ranks: int = 2) -> list[dict]:
-    """Return what each rank has found."""
-    folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *launcher, str(WORKER), task, kind, str(folder)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-
-
-def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Hold gradients to those of one process; sums over samples in another order."""
-    assert found.keys() == expected.keys() and found
-    for name, grad in expected.items():
-        assert error(found[name], grad) < 1e-4, name
 
 
 @pytest.mark.parametrize("kind", ["lora", "peft", "ia3"])
 def test_ddp_trains_as_one_process_does(kind, tmp_path) -> None:
-    first, second = run("ddp", kind, tmp_path / "ranks")
+    first, second = run(worker, "ddp", kind, tmp_path / "ranks")
     if kind != "ia3":  # whose factors start at one
         assert any(not torch.equal(second["drawn"][n], p) for n, p in first["drawn"].items())
     for name, parameter in first["drawn"].items():
@@ -52,7 +27,7 @@ def test_ddp_trains_as_one_process_does(kind, tmp_path) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "peft"])
 def test_accelerate_trains_as_one_process_does(kind, tmp_path) -> None:
-    found = run("accelerated", kind, tmp_path / "ranks")
+    found = run(worker, "accelerated", kind, tmp_path / "ranks")
     assert {one["wrapper"] for one in found} == {"DistributedDataParallel"}
     expected = worker.gradients(worker.adapted_model(kind), worker.TOKENS)
     for one in found:
@@ -66,7 +41,7 @@ SHARDED = ["double_quant", "fp32", "peft", "checkpointed", "offloaded", "meta", 
     ("kind", "ranks"), [*((kind, 2) for kind in SHARDED), ("double_quant", 4), ("fp32", 3)]
 )
 def test_sharded_training_is_that_of_one_process(kind, ranks, tmp_path) -> None:
-    found = run("fsdp", kind, tmp_path / "ranks", ranks)
+    found = run(worker, "fsdp", kind, tmp_path / "ranks", ranks)
     model = worker.adapted_model("peft" if kind == "peft" else "lora", kind != "fp32")
     state = model.state_dict()
     assert found[0]["state"].keys() == state.keys()
@@ -92,7 +67,7 @@ def test_sharded_training_is_that_of_one_process(kind, ranks, tmp_path) -> None:
 
 def test_sharded_training_casts_parameters_but_not_scales(tmp_path) -> None:
     """What is computed in bfloat16 is near what is computed in float32, and scales are equal."""
-    found = run("fsdp", "mixed", tmp_path / "ranks")
+    found = run(worker, "fsdp", "mixed", tmp_path / "ranks")
     model = worker.adapted_model("lora")
     for name, tensor in model.state_dict().items():
         assert torch.equal(found[0]["state"][name], tensor), name
@@ -104,7 +79,7 @@ def test_sharded_training_casts_parameters_but_not_scales(tmp_path) -> None:
 @pytest.mark.parametrize("kind", ["lora", "peft"])
 def test_accelerate_shards_and_loads_from_one_process(kind, tmp_path) -> None:
     """With fully_shard, weights sent by the first rank, and bfloat16, as its own settings are."""
-    found = run("prepared", kind, tmp_path / "ranks")
+    found = run(worker, "prepared", kind, tmp_path / "ranks")
     model = worker.adapted_model(kind)
     state = model.state_dict()
     assert found[0]["state"].keys() == state.keys()
@@ -118,7 +93,7 @@ def test_accelerate_shards_and_loads_from_one_process(kind, tmp_path) -> None:
 
 
 def test_a_sharded_model_is_saved_as_one_process_saves_it(tmp_path) -> None:
-    run("folder", str(tmp_path / "out"), tmp_path / "ranks")
+    run(worker, "folder", str(tmp_path / "out"), tmp_path / "ranks")
     model = worker.adapted_model("lora")
     model.save_pretrained(tmp_path / "one")
     nf4.save_adapter(model, tmp_path / "adapter")
@@ -135,14 +110,14 @@ def test_a_sharded_model_is_saved_as_one_process_saves_it(tmp_path) -> None:
 
 def test_scales_that_are_cast_are_refused_in_words(tmp_path) -> None:
     """Those of single quantization are parameters, a ninth of a weight's bytes."""
-    for one in run("cast", "fp32", tmp_path / "ranks"):
+    for one in run(worker, "cast", "fp32", tmp_path / "ranks"):
         assert "absmax: expected torch.float32, got torch.bfloat16; fully_shard" in one["message"]
 
 
 def test_a_sharded_checkpoint_is_loaded_by_other_numbers_of_ranks(tmp_path) -> None:
-    saved = run("save", str(tmp_path / "checkpoint"), tmp_path / "save")
+    saved = run(worker, "save", str(tmp_path / "checkpoint"), tmp_path / "save")
     for ranks in (1, 2, 4):
-        for one in run("load", str(tmp_path / "checkpoint"), tmp_path / str(ranks), ranks):
+        for one in run(worker, "load", str(tmp_path / "checkpoint"), tmp_path / str(ranks), ranks):
             assert torch.equal(one["logits"], saved[0]["logits"])
             for ours, right in zip(one["moments"], saved[0]["moments"], strict=True):
                 assert torch.equal(ours, right)

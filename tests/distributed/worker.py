@@ -271,13 +271,13 @@ TASKS = {
 }
 
 
-def main() -> None:
+def main(tasks: dict[str, Any]) -> None:
     """Do a task, and save what came of it."""
     task, kind, folder = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    found = TASKS[task](kind, rank, ranks)
+    found = tasks[task](kind, rank, ranks)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -286,4 +286,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(TASKS)

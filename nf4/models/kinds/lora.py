@@ -93,6 +93,8 @@ def add_lora(
 
     def make(name: str, layer: nn.Module) -> nn.Module:
         base = layer_base(layer)
+        if kind and isinstance(layer, LinearNF4):
+            layer.check_whole(f"start by {kind}")
         if not isinstance(base.weight, NF4Tensor) or not kind:
             return with_adapter(layer, adapter_name, LoRA(base, **options))
         dense = None if source is None else source(name)

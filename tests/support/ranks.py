@@ -1,0 +1,38 @@
+"""Run a worker of tests/distributed in several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from helpers import error
+from torch import Tensor
+
+
+def run(worker: ModuleType, task: str, kind: str, folder: Path, ranks: int = 2) -> list[dict]:
+    """Return what each rank has found.
+
+    Args:
+        worker: whose ``TASKS`` has the task.
+        task: what each process does.
+        kind: of it, or a path.
+        folder: to make, for what comes of it.
+        ranks: number of processes.
+    """
+    folder.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *launcher, str(worker.__file__), task, kind, str(folder)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+
+
+def check(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-4) -> None:
+    """Hold gradients to those of one process; sums are in another order."""
+    assert found.keys() == expected.keys() and found
+    for name, grad in expected.items():
+        assert error(found[name], grad) < bound, name
