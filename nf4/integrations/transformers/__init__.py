@@ -10,7 +10,15 @@ such a folder is opened. Weights are quantized one by one as they arrive, on the
 are meant for: memory holds the 4-bit model and a tensor. transformers 5.17 and newer.
 """
 
-from nf4.integrations.transformers import architectures, counting, host, resizing, saving, ties
+from nf4.integrations.transformers import (
+    architectures,
+    counting,
+    host,
+    parallel,
+    resizing,
+    saving,
+    ties,
+)
 from nf4.integrations.transformers.config import METHOD, NF4Config
 from nf4.integrations.transformers.quantizer import NF4Quantizer
 
@@ -21,4 +29,5 @@ architectures.install()
 saving.install()
 resizing.install()
 counting.install()
+parallel.install()
 ties.install()

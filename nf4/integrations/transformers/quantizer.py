@@ -18,6 +18,7 @@ from nf4.integrations.transformers.operations import (
     NumberedExperts,
     Quantize,
 )
+from nf4.integrations.transformers.parallel import check_distributed
 from nf4.integrations.transformers.stored import (
     Stored,
     check_stored,
@@ -108,6 +109,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
+        check_distributed(model, self.pre_quantized)
         self.stored = stored_tensors(checkpoint_files)
         ignore_marks(self.stored, model)
         default = self._default_skip(model)
@@ -134,6 +136,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         layers = layers_in_files(model, self.stored, self.quantization_config, self.tied)
         self.tied = {name: source for name, source in self.tied.items() if name in layers}
         make_empty(model, layers, self.quantization_config, self.tied)
+        for module in model.modules():
+            if isinstance(module, QuantizedModule):
+                module.awaits = True
         check_stored(self.stored, model, model.all_tied_weights_keys)
 
     def _default_skip(self, model: Any) -> list[str]:
@@ -153,6 +158,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, QuantizedModule):
                 self._check_scales(name, module)
+                module.awaits = False
+                if module.split is not None:
+                    module.split.settle(module)
                 for parameter in module.weight.tensors():
                     parameter.requires_grad_(False)
                 module._choose_layout()

@@ -102,13 +102,21 @@ def config_of_its_own(model: Any) -> Iterator[None]:
 def saving_state(model: Any, state: dict[str, Any] | None) -> Iterator[None]:
     """Let a model's quantizer write a state dict that was given, in place of the model's own."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, NF4Quantizer):
-        quantizer.state_to_save = state
+    if state is None or not isinstance(quantizer, NF4Quantizer):
+        yield
+        return
+    quantizer.state_to_save = state
+    vars(model)["gather_sharded_state_dict_for_save"] = _gathered  # transformers would do it again
     try:
         yield
     finally:
-        if isinstance(quantizer, NF4Quantizer):
-            quantizer.state_to_save = None
+        quantizer.state_to_save = None
+        del vars(model)["gather_sharded_state_dict_for_save"]
+
+
+def _gathered(model: Any, state: dict[str, Any], *args: Any, **options: Any) -> dict[str, Any]:
+    """Return a state dict that is gathered already."""
+    return state
 
 
 @contextmanager
