@@ -22,6 +22,7 @@ setup(
         "nf4.commands",
         "nf4.commands.demo",
         "nf4.commands.comparison",
+        "nf4.commands.planning",
         "nf4.tools",
         "nf4.kernels",
         "nf4.bench",

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from nf4.commands.bench import add_bench
 from nf4.commands.compare import add_compare
+from nf4.commands.plan import add_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_error(commands)
     add_bench(commands)
     add_compare(commands, _free_folder)
+    add_plan(commands)
     check = commands.add_parser(
         "verify",
         help="check every operator on this machine against its reference and float64",
