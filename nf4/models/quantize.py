@@ -67,13 +67,15 @@ def quantize_model(
             of pruned and weight-normed layers are.
         ValueError: block_size or scale is not supported, skip_modules no expression, no linear
             layer is found, of two layers that share a weight one is to be skipped, the model has
-            PEFT's adapters, or a weight holds NaN or an infinity; the message names the layer.
+            PEFT's adapters, DeepSpeed ZeRO-3 has partitioned it, or a weight holds NaN or an
+            infinity; the message names the layer.
     """
     check_model(model)
     block_size, scale = check_block_size(block_size), check_scale(scale)
     skip_modules = check_skip_modules(skip_modules)
     check_no_peft(model)
     check_no_adapters(model)
+    check_not_partitioned(model)
     check_hosts(model)
     check_callback(progress, "progress")
     layers, skip = select_layers(model, skip_modules, quantize_embeddings)
@@ -234,6 +236,16 @@ def check_no_adapters(model: nn.Module) -> None:
             raise ValueError(
                 f"model: expected a model without adapters, got them on {name}; quantize before "
                 "adding them"
+            )
+
+
+def check_not_partitioned(model: nn.Module) -> None:
+    """Raise ValueError if DeepSpeed ZeRO-3 has left an empty tensor in a parameter's place."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_shape") and not parameter.numel():
+            raise ValueError(
+                f"{name}: expected a whole parameter, got one that DeepSpeed ZeRO-3 has "
+                "partitioned; quantize before, and use torch's fully_shard (FSDP2), or ZeRO-2"
             )
 
 

@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from nf4.adapters.layer import adapted_layers
 from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.quantizer import NF4Quantizer, describe
+from nf4.integrations.transformers.zero import refuse_zero3
 from nf4.layers.module import QuantizedModule
 from nf4.models.hosts import HOSTS
 
@@ -23,8 +24,9 @@ class TransformersHost:
     """Keeps config and quantizer of transformers' models true to their layers."""
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError if another method than nf4 has quantized a model."""
+        """Raise ValueError if another method has quantized a model, or ZeRO-3 is to take it."""
         for hf in _pretrained(model):
+            refuse_zero3("model")
             found = getattr(hf, "hf_quantizer", None)
             if found is not None and not isinstance(found, NF4Quantizer):
                 method = getattr(found.quantization_config, "quant_method", type(found).__name__)

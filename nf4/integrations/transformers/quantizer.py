@@ -27,6 +27,7 @@ from nf4.integrations.transformers.stored import (
     stored_tensors,
 )
 from nf4.integrations.transformers.ties import tie_now, tied_parts, tied_to_embeddings
+from nf4.integrations.transformers.zero import refuse_zero3
 from nf4.layers.experts import PARTS as EXPERT_PARTS
 from nf4.layers.experts import ExpertsNF4
 from nf4.layers.linear import LinearNF4
@@ -69,6 +70,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse what cannot be done, before anything is loaded."""
+        refuse_zero3("quantization_config")
         if not self.pre_quantized and self.quantization_config.stored_as != METHOD:
             raise ValueError(
                 "stored_as: expected 'nf4' for a dense model, got 'bitsandbytes', which says what "
@@ -219,7 +221,12 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Return True: adapters can be trained on it."""
+        """Return True: adapters can be trained on it.
+
+        Raises:
+            ValueError: ZeRO-3 was chosen after the model had been loaded; the Trainer asks first.
+        """
+        refuse_zero3("model")
         return True
 
     @property
