@@ -63,7 +63,16 @@ class Product:
 def low_rank_update(
     x: Tensor, dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scaling: float | Tensor
 ) -> Tensor:
-    """Return scaling * x @ lora_A.T @ lora_B.T, computed in a dtype."""
+    """Return scaling * x @ lora_A.T @ lora_B.T, computed in a dtype.
+
+    Raises:
+        ValueError: the factors are on meta and x is not, of which torch would compute garbage.
+    """
+    if lora_A.is_meta and not x.is_meta:
+        raise ValueError(
+            f"lora_A: expected device {x.device}, where the input is, got meta: an adapter that is "
+            "offloaded without what brings it back; put adapters on before a model is offloaded"
+        )
     a, b = lora_A.to(dtype), lora_B.to(dtype)
     return dense_linear(dense_linear(x.to(dtype), a), b) * scaling
 

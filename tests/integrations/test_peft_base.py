@@ -142,6 +142,34 @@ def test_dora_on_an_offloaded_base_is_refused(models) -> None:
         ours(X)
 
 
+def test_adapters_that_are_offloaded_are_brought_back_too(models) -> None:
+    from accelerate import cpu_offload
+
+    for model in models("lora"):
+        expected = model(X)
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert model.base_model.model.up.lora_A["default"].weight.is_meta
+        assert error(model(X), expected) < 1e-6
+
+
+def test_dora_that_is_offloaded_is_refused(models) -> None:
+    from accelerate import cpu_offload
+
+    ours, _ = models("dora")
+    cpu_offload(ours, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="DoRA: expected its parameters on cpu, .* on meta: offl"):
+        ours(X)
+
+
+def test_adapters_that_nothing_brings_back_are_refused(block) -> None:
+    from accelerate import cpu_offload
+
+    offloaded = cpu_offload(nf4.quantize_model(block), execution_device=torch.device("cpu"))
+    ours = get_peft_model(offloaded, CONFIGS["lora"]())  # which PEFT puts on meta, as the base is
+    with pytest.raises(ValueError, match="lora_A: expected device cpu, .*, got meta"):
+        ours(X)
+
+
 def test_without_any_of_it_the_product_is_fused(models, monkeypatch) -> None:
     ours, _ = models("lora")
     monkeypatch.setattr(nf4.LinearNF4, "forward", lambda *_: pytest.fail("calls the base"))

@@ -1,7 +1,7 @@
 """PEFT's LoRA on a `LinearNF4`: the layer that nf4.integrations.peft puts there."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import peft.tuners.tuners_utils as peft_utils
@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
 from nf4.adapters.lora import LoRATerm, weight_norm
-from nf4.adapters.term import base_of, compute, compute_mixed, fold
+from nf4.adapters.term import Base, Product, base_of, compute, compute_mixed, fold
 from nf4.integrations.peft.merged import MergedBesideBase
 from nf4.layers.group import Alone, grouped
 from nf4.layers.linear import does_more
@@ -37,6 +38,37 @@ class Magnitude(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+
+
+@dataclass(frozen=True, eq=False)
+class _PeftTerm(LoRATerm):
+    """The term of PEFT's modules, which are called where hooks bring their parameters.
+
+    Attributes:
+        called: the modules of lora_A and lora_B if they are offloaded.
+    """
+
+    called: tuple[nn.Module, ...] = ()
+
+    def apply(self, x: Tensor, below: Product, base: Base) -> Tensor:
+        """Return what is below plus this adapter, in the dtype of what is below."""
+        if not self.called:
+            return super().apply(x, below, base)
+        if self.magnitude is not None:
+            raise ValueError(
+                f"DoRA: expected its parameters on {x.device}, got them on meta: offloaded layers "
+                "take LoRA without DoRA"
+            )
+        lora_A, lora_B = self.called
+        y = below(x)
+        dropped = dropout(x, self.dropout_p).to(self.lora_A.dtype)
+        update: Tensor = lora_B(lora_A(dropped)) * self.scaling
+        return y + update.to(y.dtype)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Return whether calling a module may bring its parameters, as offloading does."""
+    return bool(module._forward_pre_hooks) or "forward" in vars(module)
 
 
 class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[misc]
@@ -177,6 +209,8 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         if name is None:
             return None
         factors = (self.lora_A[name].weight, self.lora_B[name].weight)
+        if factors[0].is_meta or factors[1].is_meta:  # offloaded: hooks bring them
+            return None
         return Alone(self.base, factors, self.scaling[name])
 
     def _only(self) -> str | None:
@@ -193,14 +227,18 @@ class NF4LoraLinear(MergedBesideBase, nn.Module, LoraLayer):  # type: ignore[mis
         return None if dropped and self.lora_dropout[name].p else name
 
     def _adapter(self, name: str) -> LoRATerm:
-        dropout = self.lora_dropout[name]
-        return LoRATerm(
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
+        drops = self.lora_dropout[name]
+        lora_A, lora_B = self.lora_A[name].weight, self.lora_B[name].weight
+        pair = (self.lora_A[name], self.lora_B[name])
+        called = pair if lora_A.is_meta and all(map(_is_hooked, pair)) else ()
+        return _PeftTerm(
+            lora_A,
+            lora_B,
             self.scaling[name],
-            dropout.p if isinstance(dropout, nn.Dropout) and self.training else 0.0,
+            drops.p if isinstance(drops, nn.Dropout) and self.training else 0.0,
             self.lora_magnitude_vector[name].weight if self.use_dora[name] else None,
             self.lora_B[name].bias if self.lora_bias[name] else None,
+            called,
         )
 
     def exact_merged_weight(self) -> Tensor:
