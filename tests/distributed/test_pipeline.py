@@ -1,4 +1,4 @@
-"""Models spread over devices: stages of torch.distributed.pipelining, and accelerate's map."""
+"""Models cut into stages, which torch.distributed.pipelining runs: the gradients of one process."""
 
 import pipeline_worker
 import processes
