@@ -15,6 +15,7 @@ from nf4.layers.linear import LinearNF4
 from nf4.layers.module import check_when_loading, name_weights
 from nf4.models.hosts import check_hosts, tell_hosts
 from nf4.models.selection import DEFAULT_SKIP, check_skip_modules, dense_weights, select_layers
+from nf4.models.spread import place_as, placing_hook
 from nf4.ops.checks import check_block_size, check_scale, check_weight, check_weights
 from nf4.tensor import PARTS, NF4Tensor
 
@@ -256,8 +257,11 @@ def check_callback(function: Callable[..., None] | None, name: str) -> None:
 
 
 def check_forward(name: str, layer: nn.Module) -> None:
-    """Raise ValueError if a layer has a forward of its own, which a replacement would lose."""
-    if "forward" in vars(layer):
+    """Raise ValueError if a layer has a forward of its own, which a replacement would lose.
+
+    One that accelerate's ``device_map`` has given it, without offloading, `take_hooks` keeps.
+    """
+    if "forward" in vars(layer) and placing_hook(layer) is None:
         raise ValueError(
             f"{name}: expected a layer with the forward of its class, got one of its own"
             " (an offloading hook, for example); remove it first"
@@ -278,6 +282,7 @@ def take_hooks(new: nn.Module, old: nn.Module) -> None:
     for hooks in (h for h in vars(old) if h.endswith(_HOOKS)):
         if not hooks.startswith(("_state_dict", "_load_state_dict")):
             setattr(new, hooks, getattr(old, hooks))
+    place_as(new, old)
 
 
 def replace_layers(
