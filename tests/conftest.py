@@ -146,6 +146,18 @@ def tiny_llama():
     return make
 
 
+@pytest.fixture
+def tokenizer():
+    """A tokenizer of single letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {chr(i): i - 30 for i in range(32, 127)} | {"<pad>": 0, "<eos>": 1}
+    own = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
+    own.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="<pad>", eos_token="<eos>")
+
+
 @pytest.fixture(params=["4bit", "dense"])
 def biased_llama(request, tiny_llama) -> nn.Module:
     """A model with biases, in four bits or dense."""

@@ -115,18 +115,6 @@ def test_trainer_saves_the_adapter_alone(base, tmp_path) -> None:
         assert error(again(TOKENS).logits, model.eval()(TOKENS).logits) < 1e-6
 
 
-@pytest.fixture
-def tokenizer(tmp_path):
-    """A tokenizer of single letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = {chr(i): i - 30 for i in range(32, 127)} | {"<pad>": 0, "<eos>": 1}
-    own = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
-    own.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=own, pad_token="<pad>", eos_token="<eos>")
-
-
 def test_sft_trainer_of_trl_lowers_the_loss(base, tokenizer, tmp_path) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
