@@ -114,7 +114,8 @@ def test_installed_wheel_measures_into_the_current_folder(installed, tmp_path) -
 
 @pytest.mark.parametrize("python", ["installed", "editable"], indirect=True)
 def test_import_needs_no_triton_and_prints_nothing(python, tmp_path) -> None:
-    assert run(python, "import sys; sys.modules['triton'] = None; import nf4", tmp_path) == ""
+    code = "import sys; sys.modules['triton'] = None; import torch, nf4; nf4.linear"
+    assert run(python, code, tmp_path) == ""
     code = (
         "import sys, torch; before = set(sys.modules); import nf4; print(set(sys.modules) - before)"
     )
