@@ -19,8 +19,7 @@ from triton.compiler import ASTSource
 
 from . import _sass
 from ._launch import Launch
-
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx90a", "gfx1100")
+from ._targets import TARGETS
 
 # Of a kernel's arguments by their names, for bfloat16, a double-quantized weight and an adapter in
 # float32; what is no pointer and not here is an int32

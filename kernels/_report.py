@@ -18,7 +18,8 @@ from . import (
     repack,
     row_group,
 )
-from ._aot import TARGETS, Report, Variant, report
+from ._aot import Report, Variant, report
+from ._targets import TARGETS, check_targets
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,6 @@ def variants() -> list[Variant]:
         lora_grad,
     )
     return [variant for module in modules for variant in module.variants()]
-
-
-def check_targets(targets: Iterable[str]) -> list[str]:
-    """Return the targets as a list, or raise ValueError if one is not known."""
-    found = list(targets)
-    for target in found:
-        if target not in TARGETS:
-            raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {target}")
-    return found
 
 
 def compilations(targets: Iterable[str] = TARGETS) -> list[tuple[Variant, str]]:

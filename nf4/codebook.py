@@ -4,12 +4,20 @@ Every constant of the format lives here and nowhere else. The 16 levels are thos
 (https://arxiv.org/abs/2305.14314, section 3); `derive_nf4_levels` computes them from the normal
 distribution. The scale map is the signed dynamic data type of Dettmers et al. 2022
 (https://arxiv.org/abs/2110.02861, section 2.1).
+
+The command line checks what it is given by these before torch is imported; the functions that
+return tensors import it.
 """
 
-from functools import lru_cache
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import operator
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 NF4_LEVELS = (
     -1.0,
@@ -31,10 +39,28 @@ NF4_LEVELS = (
 )
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 ABSMAX_BLOCK_SIZE = 256
+SCALES = ("absmax", "mse", "mse-positive")  # how a block's scale is found, see `nf4.quantize`
 ABSMAX_ZERO_CODE = 127
 # A block of fp32 subnormals quantizes as zero: the reciprocal of its absmax may overflow.
 SMALLEST_ABSMAX = 2.0**-126
 LARGEST_ABSMAX = (2 - 2.0**-23) * 2.0**127  # fp32's largest: a scale is never rounded to infinity
+
+
+def check_block_size(block_size: int) -> int:
+    """Return block_size as an int, or raise TypeError or ValueError."""
+    if isinstance(block_size, bool) or not hasattr(type(block_size), "__index__"):
+        raise TypeError(f"block_size: expected an int, got {type(block_size).__name__}")
+    size = operator.index(block_size)
+    if size not in BLOCK_SIZES:
+        raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {size}")
+    return size
+
+
+def check_scale(scale: str) -> str:
+    """Return how scales are found, or raise ValueError if that is not known."""
+    if scale not in SCALES:
+        raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {scale!r}")
+    return scale
 
 
 def derive_nf4_levels() -> Tensor:
@@ -43,6 +69,7 @@ def derive_nf4_levels() -> Tensor:
     Returns:
         float32 ``[16]``, ascending; equal to `NF4_LEVELS` bit for bit.
     """
+    import torch
     from scipy.stats import norm
 
     # The probabilities are rounded to fp32 before the quantile, as when the levels were published.
@@ -59,12 +86,16 @@ def derive_nf4_levels() -> Tensor:
 @lru_cache
 def nf4_levels(device: torch.device) -> Tensor:
     """Return the levels as float32 ``[16]`` on a device."""
+    import torch
+
     return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
 
 
 @lru_cache
 def nf4_thresholds() -> tuple[float, ...]:
     """Return the 15 fp32 midpoints of neighbouring levels; a value above the i-th has code > i."""
+    import torch
+
     levels = nf4_levels(torch.device("cpu"))
     return tuple(((levels[1:] + levels[:-1]) / 2).tolist())
 
@@ -72,6 +103,8 @@ def nf4_thresholds() -> tuple[float, ...]:
 @lru_cache
 def nf4_byte_levels(device: torch.device) -> Tensor:
     """Return both levels of every byte, the high nibble first, as float32 ``[256, 2]``."""
+    import torch
+
     byte = torch.arange(256, device=device)
     return nf4_levels(device)[torch.stack([byte >> 4, byte & 15], dim=1)]
 
@@ -79,6 +112,8 @@ def nf4_byte_levels(device: torch.device) -> Tensor:
 @lru_cache
 def absmax_map(device: torch.device) -> Tensor:
     """Return the map from 8-bit scale codes to [-1, 1] as float32 ``[256]``, ascending."""
+    import torch
+
     cpu = torch.device("cpu")
     values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device=cpu)]
     for i in range(7):
@@ -94,6 +129,8 @@ def absmax_thresholds(device: torch.device) -> Tensor:
 
     The midpoints are exact in float64; rounded down to float32 they order every float32 x the same.
     """
+    import torch
+
     levels = absmax_map(torch.device("cpu")).double()
     middles = (levels[1:] + levels[:-1]) / 2
     rounded = middles.float()

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nf4.bench.harness.asked import DTYPES as NAMES
 from nf4.bench.harness.measure import Function
 from nf4.error.roundoff import Exact
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # unless another is asked for
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, whole) for name, whole in NAMES.items()}
 
 
 class MismatchError(ValueError):

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).resolve().parents[1]  # bench/
+from nf4.bench.harness.asked import FOLDER as FOLDER
+
 OURS = ("nf4", "torch", "triton", "numba", "transformers", "peft")
 PACKAGES = (*OURS, "bitsandbytes", "torchao", "gemlite", "kernels")
 DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))

@@ -9,6 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from nf4.commands.arguments import check_json_file
+from nf4.tools.shapes import parse_shape
+
 DESCRIPTION = """\
 Measure operators against a copy, the library's products and other packages, each checked before it
 is timed; print tables, and write them to bench/results/<device>.json of a checkout, else to the
@@ -104,12 +107,15 @@ def _check_fits(options: argparse.Namespace, mode: str | None) -> None:
 
 
 def _measure(options: argparse.Namespace) -> int:
+    names = ("ops", "shapes", "model", "rows", "ranks", "dtypes", "device", "threads", "rounds")
+    asked = {name: getattr(options, name) for name in names}
+    import_module("nf4.bench.harness.asked").Asked(**asked).check()
+
     from nf4.tools.progress import progress_bar
 
     run = import_module("nf4.bench.harness.run")
     requests = import_module("nf4.bench.harness.request")
-    names = ("ops", "shapes", "model", "rows", "ranks", "dtypes", "device", "threads", "rounds")
-    request = requests.Request(**{name: getattr(options, name) for name in names})
+    request = requests.Request(**asked)
     if options.plot is not None:
         import_module("matplotlib")  # not to be missed only after all is measured
     plan = run.plan(request, options.out)
@@ -138,6 +144,8 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    for file in options.compare:
+        check_json_file(file)
     compare = import_module("nf4.bench.harness.compare")
     changes = compare.compare(*map(Path, options.compare))
     if options.json:
@@ -155,10 +163,12 @@ def _render(options: argparse.Namespace) -> int:
 
 
 def _compile(options: argparse.Namespace) -> int:
+    known = import_module("nf4.kernels._targets")
+    targets = known.check_targets(options.target or known.TARGETS)
+
     from nf4.tools.progress import progress_bar
 
     compiler = import_module("nf4.kernels._report")
-    targets = compiler.check_targets(options.target or compiler.TARGETS)
     with progress_bar("Compile", len(compiler.compilations(targets))) as bar:
         rows = compiler.compile_all(targets, bar.step)
     if options.json:
@@ -169,6 +179,9 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    for shape in options.shapes or []:
+        parse_shape(shape)
+
     from nf4.tools.progress import progress_bar
 
     tuner = import_module("nf4.gpu.tune")

@@ -1,4 +1,7 @@
-"""The command ``nf4``: parses arguments and prints, decides nothing."""
+"""The command ``nf4``: parses arguments and prints, decides nothing.
+
+A command imports what it needs after its arguments have been checked: torch takes a second.
+"""
 
 import argparse
 import json
@@ -11,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nf4 import __version__
+from nf4.commands import arguments as given
 from nf4.commands.bench import add_bench
 from nf4.commands.compare import add_compare
 from nf4.commands.plan import add_plan
@@ -59,8 +64,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from nf4 import __version__
-
     parser = _Parser(prog="nf4", description="4-bit NormalFloat for PyTorch.")
     parser.add_argument("--version", action="version", version=f"nf4 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -151,6 +154,7 @@ def _file_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _quantize(options: argparse.Namespace) -> None:
+    given.check_quantize(options)
     from nf4.files.stream import quantize_checkpoint
 
     with _file_bar("Quantize files") as step:
@@ -186,6 +190,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    given.check_export(options)
     from nf4.files.export import export_checkpoint
 
     with _file_bar("Export files") as step:
@@ -242,14 +247,13 @@ def _add_error(commands: Any) -> None:
 
 
 def _error(options: argparse.Namespace) -> None:
+    given.check_error(options)
     from nf4.error.report import tables
     from nf4.error.report.measure import as_json
     from nf4.error.report.run import run_error
     from nf4.error.schemes import Scheme
     from nf4.tools.progress import progress_bar
 
-    if (options.model is None) != options.codebooks:
-        raise ValueError("model: expected a model or --codebooks, one of them")
     if options.codebooks:
         _codebooks(options)
         return
@@ -278,8 +282,6 @@ def _codebooks(options: argparse.Namespace) -> None:
     from nf4.error.schemes import codebook_errors, compared
     from nf4.tools.progress import progress_bar
 
-    if options.csv or options.out is not None:
-        raise ValueError("codebooks: expected --json or neither, got --csv or --out")
     with progress_bar("Measure codebooks", len(compared())) as bar:
         rows = codebook_errors(progress=lambda *_: bar.step())
     if options.json:
@@ -296,6 +298,7 @@ def _console() -> Any:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    given.check_demo(options)
     from rich.console import Console
 
     from nf4.commands.demo.report import print_result
@@ -311,6 +314,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    given.check_verify(options)
     import torch
     from rich.console import Console
 

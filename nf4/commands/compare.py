@@ -71,14 +71,20 @@ def add_compare(commands: Any, free_folder: Callable[[str], Path]) -> None:
 
 
 def _compare(free_folder: Callable[[str], Path], options: argparse.Namespace) -> int:
-    from nf4.commands.comparison.report import tables
-    from nf4.commands.comparison.run import MethodsFailedError, Options, run_compare
-    from nf4.tools.progress import progress_bar
+    from nf4.commands.comparison.options import Options, check_results
+    from nf4.tools.paths import check_new
 
     names = ("model", "methods", "steps", "text", "r", "dtype", "seed", "device", "threads")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     asked = Options(**given, lr=_rates(options.lr))
     out = Path(options.out) if options.out is not None else free_folder("nf4-compare")
+    check_new(out, "out")
+    check_results(options.results)
+
+    from nf4.commands.comparison.report import tables
+    from nf4.commands.comparison.run import MethodsFailedError, run_compare
+    from nf4.tools.progress import progress_bar
+
     try:
         data = run_compare(asked, out, options.results, progress_bar)
     except MethodsFailedError as error:

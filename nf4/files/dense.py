@@ -16,8 +16,8 @@ from torch import Tensor
 
 from nf4.files.architectures import architectures, are_known
 from nf4.models.selection import DEFAULT_SKIP, is_below, resolve_skip, warn_of_unmatched
-from nf4.tools.samples import model_path
 from nf4.tools.shards import read_index
+from nf4.tools.sources import model_path
 
 # By their names, what is no linear layer though it is a matrix: embeddings
 _EMBEDDINGS = re.compile(
@@ -71,7 +71,7 @@ def dense_weights_in(
 
     Args:
         source: a folder of safetensors or of PyTorch's ``.bin`` files, one such file, a ``.gguf``
-            file, or a name of `nf4.tools.samples.MODELS`.
+            file, or a name of `nf4.tools.sources.MODELS`.
         skip_modules: names of modules to leave out, as for `nf4.quantize_model`; a GGUF file's
             ``output`` is called ``lm_head`` here too.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nf4.files.architectures import StoredLayer, architectures
+from nf4.files.formats import check_format
 from nf4.files.rewriting import Rewriting, open_source
 from nf4.functional import dequantize
 from nf4.layers.bitsandbytes import tensors_of
@@ -22,7 +23,6 @@ from nf4.tensor import DTYPES, PARTS, NF4Tensor, check_nf4, is_mark, packed_shap
 from nf4.tools.paths import check_new
 from nf4.tools.shards import Shards, read_json
 
-FORMATS = ("bitsandbytes",)
 # As config.json calls them
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -69,8 +69,7 @@ def export_checkpoint(
         ValueError: format is not known, source_dir holds no weights of nf4, or a file is not whole;
             the message names file and tensor.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    check_format(format)
     check_callback(progress, "progress")
     target = check_new(target_dir, "target_dir")
     shards = open_source(source_dir)

@@ -16,7 +16,16 @@ from typing import Any, Self
 from torch import Tensor
 
 from nf4.files.card import add_card
-from nf4.tools.paths import beside, locked, save_tensors, sync_folder, try_lock, unlock, write_file
+from nf4.tools.paths import (
+    beside,
+    check_model_folder,
+    locked,
+    save_tensors,
+    sync_folder,
+    try_lock,
+    unlock,
+    write_file,
+)
 from nf4.tools.shards import ADAPTER, INDEX, Shards, read_json
 
 _LOCK, _LIST = ".lock", ".made.json"
@@ -30,9 +39,7 @@ def open_source(source_dir: str | os.PathLike[str]) -> Shards:
         FileNotFoundError: it has no ``config.json`` or no safetensors.
         ValueError: as `Shards.read`.
     """
-    source = Path(source_dir)
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"source_dir: expected a folder with config.json, got {source}")
+    source = check_model_folder(source_dir, "source_dir")
     try:
         return Shards.read(source)
     except FileNotFoundError as error:

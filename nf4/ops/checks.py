@@ -1,6 +1,5 @@
 """Checks of the arguments of `nf4.functional`: each names what was expected and what came."""
 
-import operator
 import re
 from collections.abc import Iterable
 
@@ -8,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from nf4.codebook import BLOCK_SIZES, LARGEST_ABSMAX
+from nf4.codebook import LARGEST_ABSMAX
+from nf4.codebook import SCALES as SCALES
+from nf4.codebook import check_block_size as check_block_size
+from nf4.codebook import check_scale as check_scale
 from nf4.tensor import DTYPES, NF4Tensor, check_nf4
-
-SCALES = ("absmax", "mse", "mse-positive")
 
 
 def check_weight(w: Tensor, name: str) -> None:
@@ -23,16 +23,6 @@ def check_weight(w: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if w.dtype not in DTYPES:
         raise TypeError(f"{name}: expected dtype float32, float16 or bfloat16, got {w.dtype}")
-
-
-def check_block_size(block_size: int) -> int:
-    """Return block_size as an int, or raise TypeError or ValueError."""
-    if isinstance(block_size, bool) or not hasattr(type(block_size), "__index__"):
-        raise TypeError(f"block_size: expected an int, got {type(block_size).__name__}")
-    size = operator.index(block_size)
-    if size not in BLOCK_SIZES:
-        raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {size}")
-    return size
 
 
 def check_int(value: int, name: str, least: int, most: int | None = None) -> None:
@@ -51,13 +41,6 @@ def check_number(value: float, name: str) -> None:
     if not abs(value) <= LARGEST_ABSMAX:  # also for integers beyond every float
         said = f"an int of {value.bit_length()} bits" if isinstance(value, int) else value
         raise ValueError(f"{name}: expected a finite number that float32 can hold, got {said}")
-
-
-def check_scale(scale: str) -> str:
-    """Return how scales are found, or raise ValueError if that is not known."""
-    if scale not in SCALES:
-        raise ValueError(f"scale: expected one of {', '.join(SCALES)}, got {scale!r}")
-    return scale
 
 
 def check_weights(weights: Tensor, w: Tensor, scale: str) -> Tensor:

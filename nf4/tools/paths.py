@@ -5,6 +5,8 @@ on the disk. Whoever writes holds a lock on it, so that the next run can tell wh
 left, and takes that away.
 """
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import glob
@@ -16,10 +18,10 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if sys.platform != "win32":  # where nothing is locked, and nothing taken away
     import fcntl
@@ -34,6 +36,14 @@ def check_new(path: str | os.PathLike[str], name: str) -> Path:
     path = Path(path)
     if os.path.lexists(path):
         raise FileExistsError(f"{name}: expected a folder that does not exist yet, {path} does")
+    return path
+
+
+def check_model_folder(path: str | os.PathLike[str], name: str) -> Path:
+    """Return the path of a model's folder, or raise FileNotFoundError if it has no config."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{name}: expected a folder with config.json, got {path}")
     return path
 
 
@@ -106,6 +116,9 @@ def save_tensors(
     Raises:
         OSError: the disk is full, or the file cannot be written for another reason; with its path.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:

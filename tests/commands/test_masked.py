@@ -14,7 +14,7 @@ import nf4
 from nf4.commands.demo import masked
 from nf4.commands.demo.masked import IGNORED, Guess, Vocabulary
 from nf4.models.quantize import quantized_layers
-from nf4.tools.samples import model_path
+from nf4.tools.sources import model_path
 
 LAYERS = 2
 BYTES = masked.byte_vocabulary()

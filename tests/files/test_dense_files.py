@@ -201,7 +201,7 @@ def test_a_folder_does_not_run_its_own_code(tiny_llama, tmp_path) -> None:
 
 
 def test_gguf_beside_a_config_is_told_by_its_names(tmp_path) -> None:
-    from nf4.tools.samples import model_path
+    from nf4.tools.sources import model_path
 
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "one.gguf").symlink_to(model_path("smollm2"))

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 import nf4
 from nf4.bench.model.contenders import computing_in
+from nf4.commands.comparison.options import DTYPES as DTYPE_NAMES
+from nf4.commands.comparison.options import LEARNING_RATES as LR
 from nf4.losses import consistency_loss
 
 # For "float32" weights that stay dense are in fp32, and products too; for "bfloat16" both are in
 # bf16, the products by autocast, and adapters are in fp32
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 ALPHA_PER_RANK = 2  # lora_alpha = 2 r, as in the demo
 
 
@@ -57,19 +59,18 @@ def _merge_adamix(model: nn.Module) -> None:
     nf4.merge_adamix(model)
 
 
-# Learning rates were picked: on SmolLM2 the best of 1e-3, 2e-3, 4e-3 for QLoRA, which LoRA takes
-# too; of 3e-3, 1e-2, 3e-2, 1e-1 for (IA)³; of 2e-3, 4e-3, 1e-2 for AdaMix. Each was tried for 40
-# steps of other batches and scored on a part of Macbeth that is not scored here.
 METHODS = {
     "base": Method("4-bit base", True, "not trained"),
-    "lora": Method("LoRA, dense", False, "on the weights as they were loaded", 2e-3, _add_lora),
-    "qlora": Method("QLoRA", True, "LoRA on 4-bit weights", 2e-3, _add_lora),
+    "lora": Method(
+        "LoRA, dense", False, "on the weights as they were loaded", LR["lora"], _add_lora
+    ),
+    "qlora": Method("QLoRA", True, "LoRA on 4-bit weights", LR["qlora"], _add_lora),
     "t-few": Method(
         "T-Few, (IA)³",
         True,
         "(IA)³ vectors on 4-bit weights, by the language model's loss alone: T-Few's two other "
         "terms need answers to choose from, which a text has not",
-        3e-2,
+        LR["t-few"],
         _add_ia3,
     ),
     "adamix": Method(
@@ -79,7 +80,7 @@ METHODS = {
         "with other modules drawn, of which the first one's loss and their consistency loss are "
         "trained; trainable parameters are those of all modules, perplexity after and adapter "
         "those of the one LoRA that they are averaged to",
-        2e-3,
+        LR["adamix"],
         _add_adamix,
         _merge_adamix,
         two_draws=True,

@@ -1,23 +1,21 @@
 """`nf4 compare` from end to end: each method in its process, then files, tables and a picture."""
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from nf4.commands.comparison.methods import DTYPES, METHODS
+from nf4.commands.comparison.methods import METHODS
 from nf4.commands.comparison.one import Request
+from nf4.commands.comparison.options import Options, check_results
 from nf4.commands.comparison.plots import draw
 from nf4.commands.comparison.report import FORMAT, tables
-from nf4.tools import samples
 from nf4.tools.paths import check_new, new_folder, write_file
 from nf4.tools.progress import Bar, Progress
 from nf4.tools.training import BATCH, LENGTH
@@ -35,71 +33,6 @@ class MethodsFailedError(RuntimeError):
     def __init__(self, failed: dict[str, str]) -> None:
         super().__init__("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
         self.failed = failed
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to compare.
-
-    Attributes:
-        model: as `nf4.tools.samples.load_model` takes it.
-        methods: names of `METHODS`, in the order in which to run them.
-        steps: of training, at least 2: the first is not timed.
-        text: a UTF-8 file, whose last tenth is held out; None for Shakespeare.
-        r: rank of the adapters.
-        dtype: name of `DTYPES`: of what stays dense, and of products.
-        seed: of all randomness.
-        lr: peak learning rates by method; the methods' own where there is none.
-        device: where to train; a GPU if there is one by default.
-        threads: of a CPU; PyTorch's number by default.
-
-    Raises:
-        FileNotFoundError: model or text is not there.
-        ModuleNotFoundError: a package of nf4[demo] is missing.
-        ValueError: an option is out of range.
-    """
-
-    model: str | None = None
-    methods: Sequence[str] = tuple(METHODS)
-    steps: int = 40
-    text: str | None = None
-    r: int = 8
-    dtype: str = "float32"
-    seed: int = 0
-    lr: Mapping[str, float] = field(default_factory=dict)
-    device: str | None = None
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check every option, as far as it can be without loading the model."""
-        _check_methods(self.methods, self.lr)
-        if self.steps < 2:
-            raise ValueError(f"steps: expected at least 2 (one is not timed), got {self.steps}")
-        for name, value in (("r", self.r), ("threads", self.threads)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        _check_device(self.device)
-        samples.check_packages(self.model)
-        if self.model is not None:
-            samples.model_path(self.model)
-        if self.text is not None and not Path(self.text).is_file():
-            raise FileNotFoundError(f"text: expected a UTF-8 text file, {self.text} does not exist")
-
-    def request(self, method: str, adapter: Path) -> Request:
-        """Return what the process of one method is asked for."""
-        shared = {name: getattr(self, name) for name in ("model", "text", "steps", "r", "dtype")}
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return Request(
-            method,
-            **shared,
-            seed=self.seed,
-            lr=self.lr.get(method, METHODS[method].lr),
-            device=device,
-            threads=self.threads,
-            adapter=str(adapter),
-        )
 
 
 def run_compare(
@@ -121,17 +54,18 @@ def run_compare(
     Raises:
         FileExistsError: out exists.
         IsADirectoryError: results is a folder.
+        ValueError: there is no such device.
         MethodsFailedError: no method came through; nothing is written then.
     """
     out = check_new(out, "out")
-    if results is not None and Path(results).is_dir():
-        raise IsADirectoryError(f"results: expected a file, {results} is a folder")
+    check_results(results)
+    _check_device(options.device)
     found: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     with new_folder(out) as folder:
         (folder / "adapters").mkdir()
         for name in options.methods:
-            request = options.request(name, folder / "adapters" / name)
+            request = _request(options, name, folder / "adapters" / name)
             answer = run_one(request, progress)
             if "found" in answer:
                 found[name] = answer["found"]
@@ -224,28 +158,21 @@ def _together(
     }
 
 
-def _check_methods(methods: Iterable[str], lr: Mapping[str, float]) -> None:
-    known = ", ".join(METHODS)
-    methods = list(methods)
-    for name in methods:
-        if name not in METHODS:
-            raise ValueError(f"methods: expected some of {known}, got {name!r}")
-    if not methods or len(set(methods)) < len(methods):
-        raise ValueError(f"methods: expected some of {known}, each once, got {methods}")
-    trained = [name for name in methods if METHODS[name].lr is not None]
-    for name, value in lr.items():
-        if name not in trained:
-            raise ValueError(f"lr: expected a method that is trained here, got {name!r}")
-        if not 0 < value < math.inf:
-            raise ValueError(f"lr: expected a positive number for {name}, got {value}")
+def _request(options: Options, method: str, adapter: Path) -> Request:
+    """Return what the process of one method is asked for."""
+    shared = {name: getattr(options, name) for name in ("model", "text", "steps", "r", "dtype")}
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Request(
+        method,
+        **shared,
+        seed=options.seed,
+        lr=options.lr.get(method, METHODS[method].lr),
+        device=device,
+        threads=options.threads,
+        adapter=str(adapter),
+    )
 
 
 def _check_device(device: str | None) -> None:
-    if device is None:
-        return
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device: expected cuda, cuda:1, … or cpu, got {device!r}") from error
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: expected one that this machine has, got {device!r}")

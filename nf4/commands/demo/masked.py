@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from nf4.ops.checks import check_int
 from nf4.tools import samples
+from nf4.tools.sources import WINDOW, model_path
 from nf4.tools.training import trainable
 
 IGNORED = -100  # label of a position that does not count, torch's own in cross-entropy
@@ -131,7 +132,7 @@ def albert_task() -> Task:
     Raises:
         FileNotFoundError: the package rxnmapper is not installed.
     """
-    path = samples.model_path("albert")
+    path = model_path("albert")
     vocabulary = smiles_vocabulary((path / "vocab.txt").read_text(encoding="utf-8").split())
     with _quietly():
         from transformers import AlbertForMaskedLM
@@ -157,8 +158,8 @@ def minilm_task(count: int = 8, length: int = 16) -> Task:
         ValueError: count is below 1, or length not from 3 to 512.
     """
     check_int(count, "count", 1)
-    check_int(length, "length", 3, samples.WINDOW)
-    path = samples.model_path("minilm")
+    check_int(length, "length", 3, WINDOW)
+    path = model_path("minilm")
     with _quietly(), torch.random.fork_rng(devices=[]):
         from transformers import AutoTokenizer, BertForMaskedLM
 

@@ -24,6 +24,7 @@ from nf4.models.quantize import quantize_model, quantized_layers
 from nf4.tools import samples
 from nf4.tools.paths import check_new, new_folder
 from nf4.tools.progress import Progress, steps
+from nf4.tools.sources import check_packages
 from nf4.tools.training import batches, race, train
 
 R, LORA_ALPHA, LEARNING_RATE = 8, 16, 2e-3
@@ -111,7 +112,7 @@ def run_demo(
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     out = check_new(out, "out")
-    samples.check_packages(model)
+    check_packages(model)
     torch.manual_seed(seed)
     with progress("Load the model", 1) as bar:
         dense, tokenizer = samples.load_model(model)

@@ -14,7 +14,8 @@ from nf4.error.report.tables import as_csv
 from nf4.error.schemes import Scheme
 from nf4.tools.paths import check_new, new_folder
 from nf4.tools.progress import Progress
-from nf4.tools.samples import WINDOW, load_model, text_windows, wikipedia_windows
+from nf4.tools.samples import load_model, text_windows, wikipedia_windows
+from nf4.tools.sources import WINDOW, check_text
 
 CALIBRATION_WINDOWS = 8  # of the text, after those that are scored
 
@@ -81,10 +82,8 @@ def run_error(
 
 def _load(source: str | Path, text: str, count: int) -> tuple[Any, Tensor, Tensor | None]:
     """Return the model, windows to score, and others to collect activations on, if any are left."""
-    if text != "wikipedia" and not Path(text).is_file():
-        raise FileNotFoundError(
-            f"perplexity: expected a UTF-8 text file, or wikipedia; {text} does not exist"
-        )
+    if text != "wikipedia":
+        check_text(text, "perplexity", "a UTF-8 text file, or wikipedia;")
     model, tokenizer = load_model(str(source))
     if text == "wikipedia":
         found = wikipedia_windows(tokenizer, count + CALIBRATION_WINDOWS)
