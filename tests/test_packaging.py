@@ -74,6 +74,7 @@ def test_wheel_has_nf4_as_its_only_top_level(wheel) -> None:
         "kernels.py",
         "commands/demo/othello.txt",
         "commands/demo/macbeth.txt",
+        "error/theory.json",
     ):
         assert f"nf4/{needed}" in names
     assert not [n for n in names if "test" in n]

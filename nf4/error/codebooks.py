@@ -14,25 +14,25 @@ that a block's scale is the largest magnitude in it.
     bof4s-mse   blocks divided by the value of largest magnitude itself, so that it becomes 1 and
     bof4s-mae   the level at -1 is free: BOF4-S of the same paper
 
-AF4 and BOF4 are computed here for values from N(0, 1), by Lloyd's algorithm: each level is moved to
-where its cell costs least, and the cells to the midpoints, until nothing moves.
+AF4 and BOF4 are for values from N(0, 1), by Lloyd's algorithm: each level is moved to where its
+cell costs least, and the cells to the midpoints, until nothing moves. theory.json has the result.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from nf4.codebook import NF4_LEVELS
+from nf4.error import tabulated
 from nf4.error.distributions import Normal, scales
 from nf4.ops.checks import check_block_size
-from nf4.tools.caches import forgettable
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _FP4 = (0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
-CODEBOOKS = ("nf4", "fp4", "e2m1", "int4", "af4", "bof4-mse", "bof4-mae", "bof4s-mse", "bof4s-mae")
+COMPUTED = ("af4", "bof4-mse", "bof4-mae", "bof4s-mse", "bof4s-mae")
+CODEBOOKS = ("nf4", "fp4", "e2m1", "int4", *COMPUTED)
 
 
 def codebook(name: str, block_size: int = 64) -> tuple[float, ...]:
@@ -53,8 +53,8 @@ def codebook(name: str, block_size: int = 64) -> tuple[float, ...]:
         return tuple(sorted({sign * level / half[-1] for level in half for sign in (-1, 1)}))
     if name == "int4":
         return tuple(i / 7 for i in range(-7, 8))
-    if name in CODEBOOKS:
-        return _lloyd(name, check_block_size(block_size))
+    if name in COMPUTED:
+        return tabulated.levels(name, check_block_size(block_size))
     raise ValueError(f"codebook: expected one of {', '.join(CODEBOOKS)}, got {name!r}")
 
 
@@ -77,10 +77,12 @@ def levels_of(book: str | Sequence[float], block_size: int) -> tuple[tuple[float
     return levels, False
 
 
-@forgettable
-@lru_cache
-def _lloyd(name: str, block_size: int) -> tuple[float, ...]:
-    """Return the levels of least expected error, some of them fixed.
+def compute_codebook(name: str, block_size: int) -> tuple[float, ...]:
+    """Compute the levels of least expected error, some of them fixed.
+
+    Args:
+        name: one of `COMPUTED`.
+        block_size: for which.
 
     Given the scale M = m, other values of the block have the density of N(0, 1) on (-m, m). An
     error in x / M costs 1 for af4 and M or M^2, as it does in x, for bof4.
@@ -118,12 +120,21 @@ def _centroids(f: Normal, m: Array, weight: Array, low: Array, high: Array, _: A
 
 
 def _medians(f: Normal, m: Array, weight: Array, low: Array, high: Array, start: Array) -> Array:
-    """Return where the mean distance from x / M in each cell is least: the median, by bisection."""
-    lower, upper = low.copy(), high.copy()
+    """Return where the mean distance from x / M in each cell is least: the median.
+
+    By Newton's method from the level before, kept within the cell by bisection.
+    """
+    lower, upper, found = low.copy(), high.copy(), start.copy()
     ends = [f.moment(0, np.outer(edge, m)) @ weight for edge in (low, high)]
     half = (ends[0] + ends[1]) / 2
     for _ in range(60):
-        middle = (lower + upper) / 2
-        below = f.moment(0, np.outer(middle, m)) @ weight < half
-        lower, upper = np.where(below, middle, lower), np.where(below, upper, middle)
-    return np.asarray((lower + upper) / 2)
+        at = np.outer(found, m)
+        above = f.moment(0, at) @ weight - half
+        step = above / ((f.density(at) * m) @ weight)
+        lower, upper = np.where(above < 0, found, lower), np.where(above < 0, upper, found)
+        moved, near = found - step, np.abs(step) < 1e-14
+        inside = (moved > lower) & (moved < upper)
+        found = np.where(near | inside, moved, (lower + upper) / 2)
+        if near.all():
+            break
+    return np.asarray(found)

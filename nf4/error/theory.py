@@ -10,6 +10,8 @@ off exponentially at both ends.
 With double quantization the scale is M + d, where d is the rounding of M - E M by the 8-bit map
 times the largest |M - E M| of 256 blocks: an integral over that largest value too.
 
+What `nf4 error` compares is tabulated, in theory.json.
+
 Sources: QLoRA (https://arxiv.org/abs/2305.14314, section 3); Yoshida 2023
 (https://arxiv.org/abs/2306.06965, section 3: the distribution of x / M); BOF4
 (https://arxiv.org/abs/2505.06653, section 3: the error weighted by M).
@@ -27,8 +29,9 @@ from scipy import special
 from scipy.integrate import simpson
 
 from nf4.codebook import ABSMAX_BLOCK_SIZE, absmax_map
+from nf4.error import tabulated
 from nf4.error.codebooks import levels_of
-from nf4.error.distributions import Distribution, distribution_of, scales
+from nf4.error.distributions import Distribution, Normal, distribution_of, scales
 from nf4.ops.checks import check_block_size
 from nf4.tools.caches import forgettable
 
@@ -89,7 +92,32 @@ def expected_error(
         raise ValueError(f"numel: expected at least 1, got {numel}")
     levels, signed = levels_of(codebook, block_size)
     f = distribution_of(distribution)
+    if isinstance(codebook, str) and f == Normal() and numel in (None, block_size):
+        known = tabulated.errors(codebook, block_size, double_quant)
+        if known is not None:
+            return _of(*known)
     return _expected(block_size, double_quant, levels, signed, f, numel or block_size)
+
+
+def compute_error(
+    codebook: str | Sequence[float], block_size: int, double_quant: bool, name: str
+) -> ExpectedError:
+    """Compute what `nf4.error.tabulated` holds, for N(0, 1) and tensors of one block.
+
+    Args:
+        codebook: its name, or its levels.
+        block_size: values that share one scale.
+        double_quant: whether the scales are quantized to 8 bits.
+        name: of the codebook, which says whether scales are signed.
+    """
+    levels, _ = levels_of(codebook, block_size)
+    signed = name.startswith("bof4s")
+    return _expected(block_size, double_quant, levels, signed, Normal(), block_size)
+
+
+def _of(mse: float, mae: float, max_abs: float) -> ExpectedError:
+    rmse = math.sqrt(mse)
+    return ExpectedError(mse, rmse, mae, max_abs, rmse, -20 * math.log10(rmse))
 
 
 @forgettable
@@ -115,8 +143,7 @@ def _expected(
         for power, change in _changes_by_double_quant(f, block_size, book, ends).items():
             found[power] += float(change)
     max_abs = _expected_max(f, block_size, book, float(of_max.max()), numel)
-    rmse = math.sqrt(found[2])
-    return ExpectedError(found[2], rmse, found[1], max_abs, rmse, -20 * math.log10(rmse))
+    return _of(found[2], found[1], max_abs)
 
 
 def cells(book: Array) -> Array:

@@ -1,10 +1,13 @@
 """Other codebooks of 16 levels: those published, and least error among their kind."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import nf4
-from nf4.error.codebooks import CODEBOOKS, codebook
+from nf4.error.codebooks import CODEBOOKS, COMPUTED, codebook
 
 # Yoshida 2023, https://arxiv.org/abs/2306.06965, by block size
 AF4 = {
@@ -51,7 +54,7 @@ def test_bof4_costs_least_of_its_kind(name) -> None:
         return getattr(_expected(64, False, tuple(levels), True, Normal(), 64), metric)
 
     least = cost(levels)
-    assert least == getattr(nf4.expected_error(64, False, name), metric)
+    assert least == pytest.approx(getattr(nf4.expected_error(64, False, name), metric), rel=1e-12)
     for i, level in enumerate(levels):
         if level not in fixed:
             for step in (-2e-3, 2e-3):
@@ -79,3 +82,37 @@ def test_unknown_codebook_is_refused() -> None:
         codebook("q4_k")
     with pytest.raises(ValueError, match="block_size: expected a power of two from 32 to 4096"):
         codebook("af4", 63)
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 1024])
+def test_tabulated_theory_is_what_is_computed(block_size) -> None:
+    """The iteration ends when no level moves by 1e-10, so one step more or less may be taken."""
+    from nf4.error import tabulate, tabulated
+
+    table = tabulate.compute([block_size])
+    for name in COMPUTED:
+        found = table["levels"].pop(tabulated.key(name, block_size))
+        assert codebook(name, block_size) == pytest.approx(found, abs=2e-10, rel=0)
+    for name in CODEBOOKS:
+        for double_quant in (False, True) if name == "nf4" else (False,):
+            found = table["errors"].pop(tabulated.key(name, block_size, double_quant))
+            held = tabulated.errors(name, block_size, double_quant)
+            assert held == pytest.approx(found, abs=0, rel=1e-9)
+            e = nf4.expected_error(block_size, double_quant, name)
+            assert (e.mse, e.mae, e.max_abs) == held and e.relative == e.rmse == e.mse**0.5
+    assert table == {"levels": {}, "errors": {}}
+
+
+def test_all_that_a_report_compares_is_tabulated(monkeypatch) -> None:
+    from nf4.error import codebooks, tabulate, tabulated, theory
+    from nf4.error.schemes import compared
+
+    def refuse(*_):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(theory, "_expected", refuse)
+    monkeypatch.setattr(codebooks, "compute_codebook", refuse)
+    known = [scheme.expected() for scheme in compared() if scheme.scale == "absmax"]
+    assert len(known) == 80 and None not in known
+    text = (Path(tabulated.__file__).parent / tabulated.FILE).read_text(encoding="utf-8")
+    assert tabulate.as_text(json.loads(text)) == text
