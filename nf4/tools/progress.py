@@ -5,8 +5,18 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as Display
+from rich.table import Column
+from rich.text import Text
+
+_TIME = len("0:00:00")
 
 
 class Bar(Protocol):
@@ -48,17 +58,35 @@ class _NoBar:
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Bar]:
-    """Show a progress bar on standard error while the block runs; a spinner if it is one step."""
+    """Show a progress bar on standard error while the block runs; a spinner if it is one step.
+
+    It is one line, whatever the terminal's width: what is too long is cut.
+    """
+    console = Console(stderr=True)
     if total == 1:
-        with Console(stderr=True).status(title):
+        with console.status(Text(title[: console.width - 4], no_wrap=True)):
             yield _NoBar()
         return
-    columns = (
-        TextColumn(f"{title:44}"),
-        BarColumn(),
+    columns = _columns(title, total, console.width)
+    with Display(*columns, console=console) as display:
+        yield _RichBar(display, total)
+
+
+def _columns(title: str, total: int, width: int) -> tuple[ProgressColumn, ...]:
+    """Return the columns of a bar: of the width, what count and time leave goes to the others."""
+    spare = max(width - _TIME - 2 * len(str(total)) - 1 - 4, 8)  # a space between columns
+    wide = min(44, spare // 2)
+    bar = min(40, max((spare - wide) * 2 // 5, 1))
+    rest = max(spare - wide - bar, 1)
+
+    def text(form: str, size: int) -> TextColumn:
+        cut = Column(width=size, no_wrap=True, overflow="ellipsis")
+        return TextColumn(form, markup=False, table_column=cut)
+
+    return (
+        text(title.replace("{", "{{").replace("}", "}}"), wide),
+        BarColumn(bar_width=bar),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[remark]}"),
+        text("{task.fields[remark]}", rest),
     )
-    with Display(*columns, console=Console(stderr=True)) as display:
-        yield _RichBar(display, total)
