@@ -318,11 +318,11 @@ def _verify(options: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 
-    from nf4.error.verify import verify
+    from nf4.error.verify import comparisons, verify
     from nf4.tools.progress import progress_bar
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with progress_bar(f"Verify on {device}", 4) as bar:
+    with progress_bar(f"Verify on {device}", comparisons()) as bar:
         rows = verify(device, lambda *_: bar.step(), options.seed)
     wrong = [row for row in rows if not row.ok]
     if options.json:

@@ -34,6 +34,9 @@ from nf4.tensor import DTYPES, NF4Tensor, fits_fragments
 _CPU = torch.device("cpu")
 _SHAPES = ((256, 512), (96, 130), (7, 33))  # of weights: whole tiles, ragged, odd
 _ROWS = (1, 8, 17, 100, 600)  # of x: each way of multiplying
+_BLOCKS = (32, 64, 4096)
+_REPACKED = ((256, 512), (48, 64), (16, 4096))  # shapes that fit fragments
+_ADAPTERS = ((0, 0.0), (8, 0.0), (8, 0.25))  # rank and dropout
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def verify(
 
     Args:
         device: where to run; references run on the CPU.
-        progress: called with (groups done, groups in all).
+        progress: called with (comparisons done, comparisons in all) after each.
         seed: of the random values.
 
     Returns:
@@ -86,15 +89,27 @@ def verify(
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"device: expected one that is here, got {device}: {first}") from error
-    groups = (_bits, _embeddings, _repacked, _products)
+    total = comparisons()
     rows: list[Check] = []
-    for done, group in enumerate(groups, start=1):
+    for group in (_bits, _embeddings, _repacked, _products):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            rows += group(device)
-        if progress is not None:
-            progress(done, len(groups))
+            for row in group(device):
+                rows.append(row)
+                if progress is not None:
+                    progress(len(rows), total)
     return rows
+
+
+def comparisons() -> int:
+    """Return how many comparisons `verify` makes."""
+    dtypes, shapes = len(DTYPES), len(_SHAPES)
+    quantized = 2 * (len(SCALES) + 1)  # codes and scales, of each kind of scale and one weighted
+    double = 2 * (3 + 2 * dtypes)  # of two kinds: parts of its scales; it and the plain one back
+    bits = (shapes + 1) * len(_BLOCKS) * dtypes * (quantized + double)
+    repacked = len(_REPACKED) * 2 * (2 + dtypes)
+    sides = sum(5 if r else 3 for r, _ in _ADAPTERS)  # output and gradients
+    return bits + shapes * 2 + repacked + shapes * len(_ROWS) * dtypes * sides
 
 
 def _equal(operator: str, case: str, found: Tensor, expected: Tensor) -> Check:
@@ -109,7 +124,7 @@ def _equal(operator: str, case: str, found: Tensor, expected: Tensor) -> Check:
 
 
 def _bits(device: torch.device) -> Iterator[Check]:
-    for shape, block_size, dtype in product((*_SHAPES, (5,)), (32, 64, 4096), DTYPES):
+    for shape, block_size, dtype in product((*_SHAPES, (5,)), _BLOCKS, DTYPES):
         w = (torch.randn(shape, device=_CPU) * torch.randn(shape, device=_CPU).exp()).to(dtype)
         columns = torch.randn(shape[-1], device=_CPU).mul(3).exp()
         for scale, weights in (*((s, None) for s in SCALES), ("mse", columns)):
@@ -146,7 +161,7 @@ def _embeddings(device: torch.device) -> Iterator[Check]:
 
 
 def _repacked(device: torch.device) -> Iterator[Check]:
-    for shape, double_quant in product(((256, 512), (48, 64), (16, 4096)), (False, True)):
+    for shape, double_quant in product(_REPACKED, (False, True)):
         q = quantize(torch.randn(shape, device=_CPU), 64, double_quant)
         f = to_fragments(q.to(device))
         case = f"{shape}, {double_quant=}"
@@ -165,7 +180,7 @@ def _products(device: torch.device) -> Iterator[Check]:
             held = to_fragments(held)
         x = torch.randn(rows, shape[1], device=_CPU).to(dtype)
         case = f"{rows} rows, {shape}, {_name(dtype)}"
-        for r, p in ((0, 0.0), (8, 0.0), (8, 0.25)):
+        for r, p in _ADAPTERS:
             name = "linear" if not r else f"lora_linear, rank {r}, dropout {p}"
             yield from _against_float64(name, case, x, q, held, r, p)
 

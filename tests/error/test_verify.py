@@ -30,6 +30,13 @@ def test_verify_passes_on_a_cpu(small, capsys) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_verify_tells_of_every_comparison(small) -> None:
+    told = []
+    rows = module.verify("cpu", lambda *counts: told.append(counts))
+    assert told == [(done, len(rows)) for done in range(1, len(rows) + 1)]
+    assert module.comparisons() == len(rows)
+
+
 def test_verify_prints_a_table(small, capsys) -> None:
     assert main(["verify"]) == 0
     printed = capsys.readouterr().out
