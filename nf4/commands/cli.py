@@ -19,6 +19,7 @@ from nf4.commands import arguments as given
 from nf4.commands.bench import add_bench
 from nf4.commands.compare import add_compare
 from nf4.commands.plan import add_plan
+from nf4.tools.install import missing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,10 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ModuleNotFoundError) and error.name:
-            package = error.name.partition(".")[0]
-            reason = (
-                f"expected the package {package}, which is not installed: pip install {package}"
-            )
+            reason = missing(error.name)
         sys.stderr.write(f"nf4 {options.command}: {reason}\n")
         return 2
     except KeyboardInterrupt:

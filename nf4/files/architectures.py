@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from nf4.tools.install import from_checkout
 from nf4.tools.shards import Shards
 
 _FRAMEWORK = "transformers.modeling_utils"
@@ -100,10 +101,10 @@ def architectures() -> Architectures:
             importlib.import_module(_FRAMEWORK)  # which brings its integration
         except ImportError as error:
             raise ImportError(
-                f"expected transformers to know the model's layers, {error}: pip install 'nf4[hf]'"
+                f"expected transformers to know the model's layers, {error}: {from_checkout('hf')}"
             ) from error
     if not KNOWN:
-        raise ImportError("expected a transformers that nf4 knows: pip install 'nf4[hf]'")
+        raise ImportError(f"expected a transformers that nf4 knows: {from_checkout('hf')}")
     return KNOWN[0]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nf4.files.architectures import architectures, are_known
 from nf4.models.selection import DEFAULT_SKIP, is_below, resolve_skip, warn_of_unmatched
+from nf4.tools.install import missing
 from nf4.tools.shards import read_index
 from nf4.tools.sources import model_path
 
@@ -229,7 +230,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 def _gguf(file: Path) -> Iterator[DenseWeight]:
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError("expected the package gguf to read a .gguf file: pip install 'nf4[demo]'")
+        raise ImportError(missing("gguf") + ", to read a .gguf file")
     from gguf import GGUFReader
 
     for tensor in GGUFReader(file).tensors:

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+from nf4.tools.install import from_checkout
+
 WINDOW = 512
 # By the name that the commands take: package, what in it, how to install it
 MODELS = {
@@ -64,8 +66,8 @@ def check_packages(source: str | None) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"expected the packages of nf4[demo], {', '.join(missing)} not found: "
-            "pip install 'nf4[demo]'"
+            f"expected the packages of the extra demo, {', '.join(missing)} not found: "
+            f"{from_checkout('demo')}"
         )
 
 

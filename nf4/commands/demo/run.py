@@ -105,7 +105,7 @@ def run_demo(
     Raises:
         FileExistsError: out exists.
         FileNotFoundError: model or text is missing.
-        ModuleNotFoundError: a package of nf4[demo] is missing.
+        ModuleNotFoundError: a package of the extra demo is missing.
         ValueError: steps is below 1, or model or text cannot be used.
     """
     begin = time.perf_counter()

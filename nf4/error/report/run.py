@@ -12,6 +12,7 @@ from nf4.error.codebooks import CODEBOOKS
 from nf4.error.report.measure import ErrorReport, as_json, measure, perplexities
 from nf4.error.report.tables import as_csv
 from nf4.error.schemes import Scheme
+from nf4.tools.install import from_checkout
 from nf4.tools.paths import check_new, new_folder
 from nf4.tools.progress import Progress
 from nf4.tools.samples import load_model, text_windows, wikipedia_windows
@@ -105,7 +106,7 @@ def _import_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "out: expected matplotlib for the pictures, found none: pip install 'nf4[demo]'"
+            f"out: expected matplotlib for the pictures, found none: {from_checkout('demo')}"
         ) from error
 
 
