@@ -1,6 +1,17 @@
-"""Map kernels/ to the package nf4.kernels and bench/ to nf4.bench; the rest: pyproject.toml."""
+"""Map kernels/ to nf4.kernels, bench/ to nf4.bench; describe the wheel; the rest: pyproject.toml.
+
+The wheel's description is README.md without what only a checkout can show: of pictures the captions
+stay, of links to files the text. With a public address they could be links again.
+"""
+
+import re
+from pathlib import Path
 
 from setuptools import setup
+
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+_TARGET = r"\((?!https?:|#)[^)\s]*\)"  # of a link, relative
+CAPTIONED = re.sub(rf"!\[([^\]]*)\]{_TARGET}", r"*\1: a picture in the checkout.*\n", README)
 
 setup(
     packages=[
@@ -30,5 +41,7 @@ setup(
         "nf4.bench.model",
         "nf4.bench.gpu_day",
     ],
+    long_description=re.sub(rf"(?<!!)\[([^\[\]]*)\]{_TARGET}", r"\1", CAPTIONED),
+    long_description_content_type="text/markdown",
     package_dir={"nf4": "nf4", "nf4.kernels": "kernels", "nf4.bench": "bench"},
 )

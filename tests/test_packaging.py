@@ -1,12 +1,14 @@
 """The wheel, the ways to import nf4, and living beside Hugging Face's package called kernels."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
 import zipfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,21 @@ def test_wheel_has_nf4_as_its_only_top_level(wheel) -> None:
     ):
         assert f"nf4/{needed}" in names
     assert not [n for n in names if "test" in n]
+
+
+def test_wheel_has_urls_and_a_description_that_shows_anywhere(wheel) -> None:
+    """What is relative to a checkout leads nowhere from an index: no picture, and no link, is."""
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = [n for n in file.namelist() if n.endswith(".dist-info/METADATA")]
+        said = message_from_string(file.read(name).decode())
+    urls = [url.split(", ") for url in said.get_all("Project-URL")]
+    assert urls and all(len(parts) == 2 and parts[1].startswith("https://") for parts in urls)
+    assert said["Description-Content-Type"] == "text/markdown"
+    text = said.get_payload()
+    targets = re.findall(r"\]\(([^)\s]*)\)", re.sub(r"```.*?```", "", text, flags=re.S))
+    assert any(t.startswith("https://") for t in targets)
+    assert [t for t in targets if not t.startswith(("https://", "http://", "#"))] == []
+    assert "![" not in text and "Training loss of the demo" in text
 
 
 def test_wheel_has_every_module_of_nf4_kernels_and_bench(wheel) -> None:
