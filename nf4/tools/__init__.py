@@ -1,1 +1,1 @@
-"""What knows nothing of the format: bars, figures, paths, samples, sizes, scratch memory."""
+"""What knows nothing of the format: bars, figures, paths, samples, sizes, scratch, installing."""
