@@ -22,7 +22,8 @@ from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.tensor import PARTS, NF4Tensor, packed_shape
 from nf4.tools.ranks import distributed, is_sharded, replicated, whole
 
-# Buffers of a split layer, which tell the scales of the whole weight
+# Buffers of a split layer, which tell the scales of the whole weight; of its part where it has
+# them in fp32
 WHOLE = ("part_absmax", "whole_absmax2", "whole_offset")
 
 
@@ -126,7 +127,7 @@ class Split:
         """Let a layer hold its part of the whole weight."""
         old = layer._parameters.get("packed")
         blocks = self.shape[1] // self.block_size
-        codes = self._cut(q.absmax, blocks).view(-1)
+        codes = None if self._keeps_codes else self._cut(q.absmax, blocks).view(-1)
         for name, tensor in zip(WHOLE, (codes, q.absmax2, q.offset), strict=True):
             layer.register_buffer(name, None if tensor is None else tensor.detach().clone(), False)
         part = self.part(q)
@@ -165,8 +166,8 @@ class Split:
         q = to_rows(q.with_parts((whole(q.packed), *q.parts()[1:])))
         rows = q.packed.view(self.part_shape[0], -1)
         packed = self._shared(rows, k // 2)
-        codes = layer.part_absmax.view(self.part_shape[0], -1)
-        absmax = whole(self._shared(codes, blocks))
+        codes = q.absmax if layer.part_absmax is None else layer.part_absmax
+        absmax = whole(self._shared(codes.view(self.part_shape[0], -1), blocks))
         for name in PARTS:
             destination.pop(prefix + name, None)
         destination[prefix + "packed"] = packed

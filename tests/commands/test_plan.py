@@ -131,7 +131,11 @@ def test_weights_of_each_method_are_counted_by_hand() -> None:
     assert ddp["scales"] == pytest.approx(2 * whole / 64 * (1 + 4 / 256))
     assert fsdp["scales"] == pytest.approx(2 * whole / 64 * (1 / 8 + 4 / 256))
     plain = rows(replace(job, method="fsdp", double_quant=False))
-    assert plain["scales"] == 2 * whole / 64 * 4
+    assert plain["scales"] == 2 * whole / 64 * 4 / 8
+    # Columns of o and down, whose blocks do not lie one after another, have their scales in fp32
+    wide = 80 * (8192 * 8192 + 8192 * 28672)
+    small = 4 * (2 * whole + (2 * whole - wide) / 8) / (256 * 64)
+    assert tp["scales"] == pytest.approx((2 * whole + 4 * wide) / 8 / 64 + small)
     adapters = 80 * 16 * (4 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 28672))
     assert ddp["adapters"] == 4 * adapters
     assert fsdp["adapters"] == 4 * adapters / 8

@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import tensor_worker
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,16 +87,10 @@ def held(tensors: Iterable[Tensor]) -> int:
 
 
 def made(case: dict[str, Any]) -> nn.Module:
-    """Return the model of a case, quantized and with adapters; of several parts, one of them.
-
-    Under tp a process holds an equal part of the heads and of the intermediate size: a model of
-    that many, whose column-wise layers have lora_A whole and whose row-wise ones lora_B.
-    """
+    """Return the model of a case, quantized and with adapters."""
     config, kind = KINDS[case["kind"]]
     torch.manual_seed(1)
-    split = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
-    sizes = {n: size // case["parts"] if n in split else size for n, size in SIZES.items()}
-    model = kind(config(**sizes, attn_implementation=case["attention"])).to(DTYPES[case["dtype"]])
+    model = kind(config(**SIZES, attn_implementation=case["attention"])).to(DTYPES[case["dtype"]])
     nf4.quantize_model(model, double_quant=case["double_quant"])
     nf4.add_lora(model, r=case["rank"])
     if case["checkpointing"]:
@@ -116,16 +112,15 @@ def wrapped(model: nn.Module, method: str, buckets: dict[int, Tensor]) -> nn.Mod
     if method == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
-        scales = {p for n, p in model.named_parameters() if is_scale(n, p)}
         for layer in model.model.layers:
-            fully_shard(layer, ignored_params={p for p in layer.parameters() if p in scales})
-        fully_shard(model, ignored_params=scales)
+            fully_shard(layer)
+        fully_shard(model)
+    if method == "tp":
+        tensor_worker.split(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     return model
 
 
-def is_scale(name: str, parameter: Tensor) -> bool:
-    """Return whether a parameter is of scales in fp32, which every process has a copy of."""
-    return name.endswith(("absmax", "absmax2", "offset")) and parameter.dtype == torch.float32
+SCALES = ("absmax", "absmax2", "offset")
 
 
 def measure(case: dict[str, Any]) -> dict[str, int]:
@@ -139,7 +134,8 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
 
     def step(saved: dict[int, Tensor] | None = None) -> None:
         def keep(tensor: Tensor) -> Tensor:
-            own = {p.untyped_storage().data_ptr() for p in map(local, inner.parameters())}
+            kept = (*inner.parameters(), *inner.buffers())
+            own = {p.untyped_storage().data_ptr() for p in map(local, kept)}
             if saved is not None and tensor.untyped_storage().data_ptr() not in own:
                 saved[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
@@ -157,11 +153,12 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
     step()  # before which DDP makes its buckets anew
     named = dict(inner.named_parameters())
     found["weights in 4 bits"] = held(p for n, p in named.items() if n.endswith("packed"))
-    scales = ("absmax", "absmax2", "offset")
-    found["scales"] = held(p for n, p in named.items() if n.endswith(scales))
+    buffers = dict(inner.named_buffers())
+    of_scales = (p for n, p in (named | buffers).items() if n.endswith(SCALES))
+    found["scales"] = held(of_scales)
     found["adapters"] = held(p for p in trained)
     rest = (n for n, p in named.items() if not p.requires_grad and "packed" not in n)
-    found["dense weights"] = held(named[n] for n in rest if not n.endswith(scales))
+    found["dense weights"] = held(named[n] for n in rest if not n.endswith(SCALES))
     found["gradients"] = held(p.grad for p in trained if p.grad is not None)
     states = [s for one in optimizer.state.values() for s in one.values() if s.numel() > 1]
     found["optimizer"] = held(states)
@@ -170,7 +167,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
 
     def look(module: nn.Module, given: Any) -> None:
         whole = {n: p for n, p in inner.named_parameters() if not hasattr(p, "to_local")}
-        gathered.append(held(p for n, p in whole.items() if not is_scale(n, p)))
+        gathered.append(held(whole.values()))
 
     hook = inner.model.layers[1].mlp.register_forward_pre_hook(look)
     with Live() as live:

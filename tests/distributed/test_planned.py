@@ -33,7 +33,6 @@ USUAL = {
     "method": "ddp",
     "batch": 2,
     "length": 128,
-    "parts": 1,
 }
 CASES = {
     "plain": {},
@@ -53,8 +52,6 @@ CASES = {
     "biases": {"kind": "qwen2"},
     "norms of heads": {"kind": "qwen3"},
     "norms of heads, checkpointing": {"kind": "qwen3", "checkpointing": True, "length": 200},
-    "half": {"method": "tp", "parts": 2},
-    "half, checkpointing": {"method": "tp", "parts": 2, "checkpointing": True},
 }
 # What is compared by other figures, or is none of a CPU's
 UNCOUNTED = {
@@ -67,6 +64,7 @@ SHARED = [
     {"method": "fsdp", "checkpointing": True},
     {"method": "fsdp", "double_quant": False},
 ]
+TENSOR = [{"method": "tp"}, {"method": "tp", "checkpointing": True}]  # whose heads two can share
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,7 +88,7 @@ def planned(case: dict[str, Any], gpus: int) -> Plan:
         qkv_bias=case["kind"] == "qwen2",
         qk_norm=case["kind"] == "qwen3",
     )
-    given = {name: value for name, value in case.items() if name not in ("kind", "parts")}
+    given = {name: value for name, value in case.items() if name != "kind"}
     return make_plan(Job(sizes, gpus, 80e9, **given))
 
 
@@ -119,12 +117,12 @@ def check(case: dict[str, Any], gpus: int, found: dict[str, int]) -> None:
 def test_memory_of_one_process_is_what_is_planned(name) -> None:
     case = {**USUAL, **CASES[name]}
     found = plan_worker.measure({**case, "method": "none"})
-    check(case, case["parts"], found)
+    check(case, 1, found)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_memory_of_each_process_is_what_is_planned(ranks, tmp_path) -> None:
-    cases = [{**USUAL, **other} for other in SHARED]
+    cases = [{**USUAL, **other} for other in [*SHARED, *(TENSOR if ranks == 2 else [])]]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     worker = [plan_worker.__file__, json.dumps(cases), str(tmp_path)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
@@ -139,7 +137,7 @@ def test_memory_of_each_process_is_what_is_planned(ranks, tmp_path) -> None:
 
 
 def test_both_moments_with_the_most_memory_are_among_the_cases() -> None:
-    plans = [planned({**USUAL, **case}, case.get("parts", 1)) for case in CASES.values()]
+    plans = [planned({**USUAL, **case}, 1) for case in CASES.values()]
     names = [{row.name for row in plan.memory if row.counted} for plan in plans]
     for moment in ("loss", "a layer's backward"):
         assert sum(moment in counted for counted in names) >= 3

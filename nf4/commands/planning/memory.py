@@ -51,7 +51,11 @@ def memory_rows(job: Job, sheet: Sheet) -> list[Row]:
 
 def _held(job: Job, sheet: Sheet) -> list[Row]:
     """Return what is there all the time."""
-    note = "fp32 scales are copied to every GPU" if job.method == "fsdp" and job.gpus > 1 else ""
+    note = ""
+    if job.double_quant and job.method != "ddp" and job.gpus > 1:
+        note = "those of scales are copied to every GPU"
+        if job.method == "tp":
+            note += ", and parts that share them have scales in fp32 too"
     return [
         _row(sheet, "weights in 4 bits", "L * W_own / 2"),
         _row(sheet, "scales", f"L * {_scales(job)}", note=note),
@@ -63,16 +67,19 @@ def _held(job: Job, sheet: Sheet) -> list[Row]:
 
 
 def _scales(job: Job) -> str:
-    copied = "W" if job.method == "fsdp" else "W_own"
     if not job.double_quant:
-        return f"4 * {copied} / c"
+        return "4 * W_own / c"
+    if job.method == "tp" and job.gpus > 1:
+        kept = f"4 * (W + W_own - W_wide) / ({ABSMAX_BLOCK_SIZE} * c)"
+        return f"((W_own + 4 * W_wide) / c + {kept})"
+    copied = "W" if job.method == "fsdp" else "W_own"
     return f"(W_own / c + 4 * {copied} / ({ABSMAX_BLOCK_SIZE} * c))"
 
 
 def layer_shard(job: Job) -> str:
     """Return the formula of a GPU's share of a layer, of what fsdp gathers."""
-    scales = " + W_own / c" if job.double_quant else ""
-    return f"(W_own / 2{scales} + 4 * A_own + e * D_own)"
+    scales = "W_own / c" if job.double_quant else "4 * W_own / c"
+    return f"(W_own / 2 + {scales} + 4 * A_own + e * D_own)"
 
 
 def _moved(job: Job, sheet: Sheet) -> list[Row]:

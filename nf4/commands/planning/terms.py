@@ -1,7 +1,7 @@
 """The names that formulas of a plan are of: sizes, and what each GPU has of them."""
 
 from nf4.commands.planning.formulas import Sheet
-from nf4.commands.planning.job import DTYPES, Job
+from nf4.commands.planning.job import ABSMAX_BLOCK_SIZE, DTYPES, Job
 
 ROW_WISE = ("o", "down")  # under tp split by inputs; the others by outputs
 
@@ -48,8 +48,18 @@ def _give_weights(sheet: Sheet, job: Job, parts: int) -> None:
     up = "; rows rounded up" if shards > 1 else ""
     sheet.give("W_own", held, f"of W what a GPU holds{up}")
     sheet.give("W_use", used, "of W what a GPU multiplies by")
+    if parts > 1 and job.double_quant:
+        wide = (n * k for name, (n, k) in job.sizes.linears.items() if _is_wide(job, name))
+        sheet.give("W_wide", sum(wide) / parts, "of W_own what has its scales in fp32 too")
     largest = max(n * k for n, k in shapes) / parts
     sheet.give("W_max", largest, "of the largest matrix what a GPU multiplies by")
+
+
+def _is_wide(job: Job, name: str) -> bool:
+    """Return whether a part of a weight shares scales of scales with other parts."""
+    n, k = job.sizes.linears[name]
+    blocks = -(-n // job.gpus) * (k // job.block_size)
+    return name in ROW_WISE or blocks % ABSMAX_BLOCK_SIZE != 0
 
 
 def _give_adapters(sheet: Sheet, job: Job, parts: int) -> None:
