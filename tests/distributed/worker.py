@@ -246,7 +246,7 @@ def _checkpointed(path: str, rank: int, ranks: int, saves: bool) -> dict[str, An
     weights, states = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": states}
     if saves:
-        files.save(state, checkpoint_id=path)
+        files.async_save(state, checkpoint_id=path).result()  # beside the training, as one may
     else:
         files.load(state, checkpoint_id=path)
         set_state_dict(
