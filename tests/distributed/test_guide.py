@@ -20,6 +20,7 @@ ADAPTERS = {
     "sft.py": "",
     "loop.py": "",
     "lit.py": "adapter",
+    "lit_fsdp.py": "adapter",
     "fsdp.py": "adapter",
     "tensor.py": "",
 }
@@ -29,13 +30,16 @@ def launch(script: str, source: Path, target: Path) -> str:
     """Run a script of the guide by torchrun, in a folder of its own; return what is logged."""
     file = target.parent / script
     file.write_text(SCRIPTS[script], encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launcher, str(file), str(source), str(target)]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    if script == "loop.py":
+        options = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", *options]
+    command = [sys.executable, "-m", *launcher, str(file), str(source), str(target)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
     environment |= {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "true",  # as `accelerate launch --cpu` says it
+        "ACCELERATE_USE_CPU": "true",  # without which it wants a GPU
         "TORCH_CPP_LOG_LEVEL": "INFO",
         "TORCH_DISTRIBUTED_DEBUG": "INFO",
     }
@@ -64,7 +68,7 @@ def test_the_guide_has_these_scripts() -> None:
 def test_a_script_of_the_guide_trains(script, source, tmp_path) -> None:
     target = tmp_path / "out"
     logged = launch(script, source, target)
-    if script not in ("fsdp.py", "tensor.py"):
+    if script not in ("fsdp.py", "lit_fsdp.py", "tensor.py"):
         assert "DDP Initialized with" in logged
     tensors = load_file(target / ADAPTERS[script] / "adapter_model.safetensors")
     trained = [tensor for name, tensor in tensors.items() if "lora_B" in name]
