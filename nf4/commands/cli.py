@@ -120,7 +120,9 @@ def _add_quantize(commands: Any) -> None:
         help="quantize a transformers folder into another, a weight at a time",
         description="Quantize the linear layers of a transformers folder into a new folder that "
         "from_pretrained opens. The model is never in memory; an interrupted run goes on where it "
-        "was when called again. Experts of a mixture stay dense.",
+        "was when called again. Experts of a mixture stay dense. torchrun --nproc-per-node=N -m "
+        "nf4.commands.cli quantize … shares the files among N processes, by bytes; the new folder "
+        "is the same for any N, and an interrupted run goes on with another N too.",
     )
     quantize.add_argument("source", help="folder with config.json and safetensors")
     quantize.add_argument("target", help="folder to make, must not exist")
@@ -154,6 +156,7 @@ def _file_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 def _quantize(options: argparse.Namespace) -> None:
     given.check_quantize(options)
     from nf4.files.stream import quantize_checkpoint
+    from nf4.tools.job import launched
 
     with _file_bar("Quantize files") as step:
         made = quantize_checkpoint(
@@ -165,6 +168,8 @@ def _quantize(options: argparse.Namespace) -> None:
             options.scale,
             step,
         )
+    if launched()[0]:
+        return
     if options.json:
         sys.stdout.write(json.dumps(asdict(made)) + "\n")
         return
