@@ -10,6 +10,7 @@ They take the place of torch's styles of the same names, whose arguments they ha
 dense layers what those do. A 4-bit layer becomes the layer of its part, see nf4/layers/split.py.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,27 @@ from nf4.tensor import NF4Tensor
 from nf4.tools.ranks import is_sharded
 
 
-class ColwiseParallel(shipped.ColwiseParallel):
+class _Style:
+    """What both styles have in common, before torch's own class."""
+
+    _dim: int  # of the weight
+    _enter: Callable[..., Any]  # called before a layer, and after it
+    _leave: Callable[..., Any]
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if isinstance(module, QuantizedModule):
+            split_layer(module, device_mesh, self._dim, self)
+            return module
+        applied: nn.Module = super()._apply(module, device_mesh)  # type: ignore[misc]
+        return applied
+
+    def attach(self, layer: nn.Module) -> None:
+        """Take a layer's inputs and give its outputs."""
+        layer.register_forward_pre_hook(self._enter)
+        layer.register_forward_hook(self._leave)
+
+
+class ColwiseParallel(_Style, shipped.ColwiseParallel):
     """Split a layer's outputs, rows of its weight: each process computes some of them.
 
     Takes a `LinearNF4` or `QLoRALinear`, with ``lora_B`` split and ``lora_A`` whole, and what
@@ -44,17 +65,7 @@ class ColwiseParallel(shipped.ColwiseParallel):
             can.
     """
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, QuantizedModule):
-            applied: nn.Module = super()._apply(module, device_mesh)
-            return applied
-        split_layer(module, device_mesh, 0, self)
-        return module
-
-    def attach(self, layer: nn.Module) -> None:
-        """Take a layer's inputs and give its outputs."""
-        layer.register_forward_pre_hook(self._enter)
-        layer.register_forward_hook(self._leave)
+    _dim = 0
 
     def _enter(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = args
@@ -78,7 +89,7 @@ class ColwiseParallel(shipped.ColwiseParallel):
         return out.to_local() if self.use_local_output else out
 
 
-class RowwiseParallel(shipped.RowwiseParallel):
+class RowwiseParallel(_Style, shipped.RowwiseParallel):
     """Split a layer's inputs, columns of its weight: each process's product is a part of a sum.
 
     Takes a `LinearNF4` or `QLoRALinear`, with ``lora_A`` split and ``lora_B`` whole, and what
@@ -94,17 +105,7 @@ class RowwiseParallel(shipped.RowwiseParallel):
             can.
     """
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, QuantizedModule):
-            applied: nn.Module = super()._apply(module, device_mesh)
-            return applied
-        split_layer(module, device_mesh, 1, self)
-        return module
-
-    def attach(self, layer: nn.Module) -> None:
-        """Take a layer's inputs and give its outputs."""
-        layer.register_forward_pre_hook(self._enter)
-        layer.register_forward_hook(self._leave)
+    _dim = 1
 
     def _enter(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = args

@@ -192,7 +192,8 @@ def opened(kind: str, rank: int, ranks: int) -> dict[str, Any]:
 
     how, path = kind.split(":", 1)
     if how in ("dense", "both"):
-        config = DistributedConfig(tp_size=2, fsdp_size=2 if how == "both" else 1)
+        both = how == "both"
+        config = DistributedConfig(tp_size=2 if both else ranks, fsdp_size=2 if both else 1)
         given = {"quantization_config": NF4Config()} if how == "dense" else {}
         try:
             AutoModelForCausalLM.from_pretrained(path, distributed_config=config, **given)

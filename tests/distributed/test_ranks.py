@@ -4,14 +4,17 @@ import pytest
 import torch
 import worker
 from helpers import error
-from ranks import check, run
+from ranks import check, run, run_all
 
 import nf4
 
 
-@pytest.mark.parametrize("kind", ["lora", "peft", "ia3"])
-def test_ddp_trains_as_one_process_does(kind, tmp_path) -> None:
-    first, second = run(worker, "ddp", kind, tmp_path / "ranks")
+def test_ddp_trains_as_one_process_does(tmp_path) -> None:
+    for kind, found in run_all(worker, "ddp", ["lora", "peft", "ia3"], tmp_path / "ranks").items():
+        check_ddp(kind, *found)
+
+
+def check_ddp(kind: str, first: dict, second: dict) -> None:
     if kind != "ia3":  # whose factors start at one
         assert any(not torch.equal(second["drawn"][n], p) for n, p in first["drawn"].items())
     for name, parameter in first["drawn"].items():
@@ -25,23 +28,30 @@ def test_ddp_trains_as_one_process_does(kind, tmp_path) -> None:
     assert any(not torch.equal(second["unsynced"][n], g) for n, g in first["unsynced"].items())
 
 
-@pytest.mark.parametrize("kind", ["lora", "peft"])
-def test_accelerate_trains_as_one_process_does(kind, tmp_path) -> None:
-    found = run(worker, "accelerated", kind, tmp_path / "ranks")
-    assert {one["wrapper"] for one in found} == {"DistributedDataParallel"}
-    expected = worker.gradients(worker.adapted_model(kind), worker.TOKENS)
-    for one in found:
-        check(one["gradients"], expected)
+def test_accelerate_trains_as_one_process_does(tmp_path) -> None:
+    kinds = run_all(worker, "accelerated", ["lora", "peft"], tmp_path / "ranks")
+    for kind, found in kinds.items():
+        assert {one["wrapper"] for one in found} == {"DistributedDataParallel"}
+        expected = worker.gradients(worker.adapted_model(kind), worker.TOKENS)
+        for one in found:
+            check(one["gradients"], expected)
 
 
-SHARDED = ["double_quant", "fp32", "peft", "checkpointed", "offloaded", "meta", "fragments"]
+SHARDED = {
+    2: ["double_quant", "fp32", "peft", "checkpointed", "offloaded", "meta", "fragments", "mixed"],
+    3: ["fp32"],  # whose shares are uneven
+    4: ["double_quant"],
+}
 
 
-@pytest.mark.parametrize(
-    ("kind", "ranks"), [*((kind, 2) for kind in SHARDED), ("double_quant", 4), ("fp32", 3)]
-)
-def test_sharded_training_is_that_of_one_process(kind, ranks, tmp_path) -> None:
-    found = run(worker, "fsdp", kind, tmp_path / "ranks", ranks)
+@pytest.mark.parametrize("ranks", SHARDED)
+def test_sharded_training_is_that_of_one_process(ranks, tmp_path) -> None:
+    kinds = run_all(worker, "fsdp", SHARDED[ranks], tmp_path / "ranks", ranks)
+    for kind, found in kinds.items():
+        check_sharded(kind, ranks, found)
+
+
+def check_sharded(kind: str, ranks: int, found: list[dict]) -> None:
     model = worker.adapted_model("peft" if kind == "peft" else "lora", kind != "fp32")
     state = model.state_dict()
     assert found[0]["state"].keys() == state.keys()
@@ -56,30 +66,24 @@ def test_sharded_training_is_that_of_one_process(kind, ranks, tmp_path) -> None:
         parameter.grad = expected[name]
     torch.optim.AdamW(parameters.values(), lr=1e-2).step()
     for one, part in zip(found, parts, strict=True):
-        check(one["gradients"], expected)
+        # What is mixed computes in bfloat16: near what is computed in float32
+        check(one["gradients"], expected, 0.1 if kind == "mixed" else 1e-4)
         assert one["share"] <= 1 / ranks + 1 / 64
         loss = model(input_ids=part, labels=part).loss
-        assert abs(one["loss"] - loss) < 1e-3 * loss
+        assert abs(one["loss"] - loss) < (1e-2 if kind == "mixed" else 1e-3) * loss
     elements = sum(p.numel() for p in parameters.values())
     assert sum(one["shards"] for one in found) == elements
     assert sum(one["states"] for one in found) == elements
 
 
-def test_sharded_training_casts_parameters_but_not_scales(tmp_path) -> None:
-    """What is computed in bfloat16 is near what is computed in float32, and scales are equal."""
-    found = run(worker, "fsdp", "mixed", tmp_path / "ranks")
-    model = worker.adapted_model("lora")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(found[0]["state"][name], tensor), name
-    expected = worker.gradients(model, worker.TOKENS)
-    for name, grad in found[0]["gradients"].items():
-        assert error(grad, expected[name]) < 0.1, name
-
-
-@pytest.mark.parametrize("kind", ["lora", "peft"])
-def test_accelerate_shards_and_loads_from_one_process(kind, tmp_path) -> None:
+def test_accelerate_shards_and_loads_from_one_process(tmp_path) -> None:
     """With fully_shard, weights sent by the first rank, and bfloat16, as its own settings are."""
-    found = run(worker, "prepared", kind, tmp_path / "ranks")
+    kinds = run_all(worker, "prepared", ["lora", "peft"], tmp_path / "ranks")
+    for kind, found in kinds.items():
+        check_prepared(kind, found)
+
+
+def check_prepared(kind: str, found: list[dict]) -> None:
     model = worker.adapted_model(kind)
     state = model.state_dict()
     assert found[0]["state"].keys() == state.keys()

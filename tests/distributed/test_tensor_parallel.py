@@ -1,10 +1,13 @@
 """Layers split over several processes, on a CPU by gloo: the outputs and gradients of one."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import tensor_worker
 import torch
 import worker
-from ranks import check, run
+from ranks import check, run, run_all
 
 import nf4
 
@@ -18,12 +21,17 @@ def check_state(found: dict, model: torch.nn.Module) -> None:
 
 
 # Over two processes some parts keep the codes of their scales, over four none does
-@pytest.mark.parametrize(
-    ("kind", "ranks"),
-    [("double_quant", 2), ("fp32", 2), ("fragments", 2), ("late", 2), ("double_quant", 4)],
-)
-def test_a_split_model_is_that_of_one_process(kind, ranks, tmp_path) -> None:
-    found = run(tensor_worker, "tensor", kind, tmp_path / "ranks", ranks)
+SPLIT = {2: ["double_quant", "fp32", "fragments", "late"], 4: ["double_quant"]}
+
+
+@pytest.mark.parametrize("ranks", SPLIT)
+def test_a_split_model_is_that_of_one_process(ranks, tmp_path) -> None:
+    kinds = run_all(tensor_worker, "tensor", SPLIT[ranks], tmp_path / "ranks", ranks)
+    for kind, found in kinds.items():
+        check_split(kind, ranks, found)
+
+
+def check_split(kind: str, ranks: int, found: list[dict]) -> None:
     model = tensor_worker.adapted_model(kind)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
@@ -46,15 +54,15 @@ def test_a_split_model_is_that_of_one_process(kind, ranks, tmp_path) -> None:
         assert abs(one["after"] - after) < 1e-3 * after
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("plain", 1e-4), ("mixed", 0.1)])
-def test_parts_are_sharded_over_other_processes(kind, bound, tmp_path) -> None:
+def test_parts_are_sharded_over_other_processes(tmp_path) -> None:
     """Two dimensions: tensor parallelism over two processes, fully_shard over two such pairs."""
-    found = run(tensor_worker, "both", kind, tmp_path / "ranks", 4)
+    kinds = run_all(tensor_worker, "both", ["plain", "mixed"], tmp_path / "ranks", 4)
     model = tensor_worker.adapted_model("double_quant")
-    check_state(found[0]["state"], model)
     grads = worker.gradients(model, worker.TOKENS)
-    for one in found:
-        check(one["gradients"], grads, bound)
+    for kind, found in kinds.items():
+        check_state(found[0]["state"], model)
+        for one in found:
+            check(one["gradients"], grads, 0.1 if kind == "mixed" else 1e-4)
 
 
 def test_split_checkpoints_are_loaded_by_other_numbers_of_ranks(tmp_path) -> None:
@@ -69,12 +77,16 @@ def test_split_checkpoints_are_loaded_by_other_numbers_of_ranks(tmp_path) -> Non
             torch.testing.assert_close(one["logits"], saved[0]["logits"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["auto", "sharded"])
-def test_each_process_opens_its_part_of_a_folder(how, tmp_path) -> None:
+def test_each_process_opens_its_part_of_a_folder(tmp_path) -> None:
     """As transformers plans it: ``tp_plan="auto"``, and its fully_shard."""
     model = tensor_worker.quantized_model("double_quant").eval()
     model.save_pretrained(tmp_path / "model")
-    found = run(tensor_worker, "opened", f"{how}:{tmp_path / 'model'}", tmp_path / "ranks")
+    kinds = [f"{how}:{tmp_path / 'model'}" for how in ("sharded", "auto")]
+    for kind, found in run_all(tensor_worker, "opened", kinds, tmp_path / "ranks").items():
+        check_opened(kind.split(":")[0], found, model, tmp_path)
+
+
+def check_opened(how: str, found: list[dict], model: Any, folder: Path) -> None:
     check_state(found[0]["state"], model)
     with torch.no_grad():
         logits = model(input_ids=worker.TOKENS).logits
@@ -82,8 +94,7 @@ def test_each_process_opens_its_part_of_a_folder(how, tmp_path) -> None:
     for one in found:
         assert one["held"] == held / 2
         torch.testing.assert_close(one["logits"], logits, rtol=1e-4, atol=1e-4)
-    saved = tmp_path / f"model-{how}"
-    weights = [folder / "model.safetensors" for folder in (saved, tmp_path / "model")]
+    weights = [folder / name / "model.safetensors" for name in (f"model-{how}", "model")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     if how == "sharded":
         assert "one of fully_shard, which comes after" in found[0]["message"]
@@ -96,10 +107,11 @@ def test_each_process_opens_its_part_of_a_folder(how, tmp_path) -> None:
 def test_what_no_process_can_have_a_part_of_is_refused_before_it_is_loaded(tmp_path) -> None:
     tensor_worker.dense_model().save_pretrained(tmp_path / "dense")
     tensor_worker.quantized_model("double_quant").save_pretrained(tmp_path / "model")
-    (found, *_) = run(tensor_worker, "opened", f"dense:{tmp_path / 'dense'}", tmp_path / "a")
-    assert "got dense ones; quantize it first: `nf4 quantize SOURCE TARGET`" in found["message"]
-    (found, *_) = run(tensor_worker, "opened", f"both:{tmp_path / 'model'}", tmp_path / "b", 4)
-    assert "expected tp_size or fsdp_size for 4-bit weights, got 2 and 2" in found["message"]
+    kinds = [f"dense:{tmp_path / 'dense'}", f"both:{tmp_path / 'model'}"]
+    found = run_all(tensor_worker, "opened", kinds, tmp_path / "ranks", 4)
+    dense, both = (found[kind][0]["message"] for kind in kinds)
+    assert "got dense ones; quantize it first: `nf4 quantize SOURCE TARGET`" in dense
+    assert "expected tp_size or fsdp_size for 4-bit weights, got 2 and 2" in both
 
 
 def test_what_cannot_be_split_is_refused_in_words(tmp_path) -> None:

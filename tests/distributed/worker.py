@@ -272,12 +272,12 @@ TASKS = {
 
 
 def main(tasks: dict[str, Any]) -> None:
-    """Do a task, and save what came of it."""
-    task, kind, folder = sys.argv[1:]
+    """Do a task of one kind or several, one after another, and save what came of them."""
+    task, kinds, folder = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    found = tasks[task](kind, rank, ranks)
+    found = [tasks[task](kind, rank, ranks) for kind in kinds.split(",")]
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

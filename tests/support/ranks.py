@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -21,14 +22,22 @@ def run(worker: ModuleType, task: str, kind: str, folder: Path, ranks: int = 2) 
         folder: to make, for what comes of it.
         ranks: number of processes.
     """
+    return run_all(worker, task, [kind], folder, ranks)[kind]
+
+
+def run_all(
+    worker: ModuleType, task: str, kinds: Sequence[str], folder: Path, ranks: int = 2
+) -> dict[str, list[dict]]:
+    """Return what each rank has found, of each kind: to start processes takes longer than most."""
     folder.mkdir()
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *launcher, str(worker.__file__), task, kind, str(folder)]
+    command = [sys.executable, *launcher, str(worker.__file__), task, ",".join(kinds), str(folder)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+    return {kind: [found[i] for found in of_ranks] for i, kind in enumerate(kinds)}
 
 
 def check(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 1e-4) -> None:
