@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from nf4.adapters.factor_parts import local_factor
 from nf4.adapters.term import (
     Adapter,
     Base,
@@ -294,6 +293,8 @@ class LoRA(Adapter):
         lora_A, lora_B = self.lora_A, self.lora_B
         if type(lora_A) in PLAIN:
             return lora_A, lora_B
+        from nf4.adapters.factor_parts import local_factor
+
         return local_factor(lora_A), local_factor(lora_B)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from nf4.functional import dequantize
 from nf4.ops.products import multiply, multiply_lora, multiply_scaled
 from nf4.ops.replay import Replays
 from nf4.tensor import NF4Tensor
-from nf4.tools.ranks import distributed, is_sharded
+from nf4.tools.ranks import copy_whole
 from nf4.tools.terms import NO_DROPOUT, Dropout
 
 # What a weight is, and the bias beside it
@@ -377,8 +377,7 @@ class Adapter(nn.Module):
     def copy_from(self, tensors: Mapping[str, Tensor]) -> Self:
         """Take on values, by the ends of their names in files, and return the adapter."""
         for part, tensor in self.tensors().items():
-            new = tensors[part]
-            tensor.copy_(distributed(new, tensor) if is_sharded(tensor) else new)
+            copy_whole(tensor, tensors[part])
         return self
 
     def take(self, other: Self) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nf4.adapters.layer import AdaptedLayer, BaseChange, adapted_layers
@@ -16,6 +15,7 @@ from nf4.files.adapters import (
     AdapterFiles,
     file_name,
 )
+from nf4.layers.sharded import company_of
 from nf4.models.adapt import (
     adapter_names,
     biases_of,
@@ -23,7 +23,7 @@ from nf4.models.adapt import (
 )
 from nf4.models.quantize import check_model, check_no_peft
 from nf4.tools.paths import check_new, new_folder
-from nf4.tools.ranks import is_sharded, rank, whole
+from nf4.tools.ranks import whole
 
 # Of a file's metadata: whether a start took the weights before quantization
 FROM_ORIGINAL = "nf4_from_original"
@@ -38,7 +38,7 @@ def save_adapter(
     around it. A mixture of `nf4.add_adamix` is written in a form of our own; PEFT opens what
     `nf4.merge_adamix` makes of it.
 
-    Each process saves a model that is sharded over several, and the first one writes.
+    Each process saves a model that is split or sharded, and the first of them writes.
 
     Args:
         model: a module with adapters.
@@ -51,17 +51,28 @@ def save_adapter(
         ValueError: the model has no adapter of that name, several of which none was named, adapters
             on meta, adapters that one config cannot describe, or a base that another adapter's
             start has changed.
+        RuntimeError: of a model that is sharded, the first process could not write.
     """
     check_model(model)
     check_no_peft(model)
     path = check_new(path, "path")
+    company = company_of(model)
     files = adapter_files(model, adapter_name)
-    shared = any(is_sharded(parameter) for parameter in model.parameters())
-    if not shared or rank() == 0:
+    if not company:
         with new_folder(path) as folder:
             files.write(folder)
-    if shared:
-        torch.distributed.barrier()
+        return
+    company.agree(True)  # that the folder is not there
+    wrote = False
+    try:
+        if company.writes:
+            with new_folder(path) as folder:
+                files.write(folder)
+        wrote = True
+    finally:
+        all_fine = company.agree(wrote)
+    if not all_fine:
+        raise RuntimeError(f"path: expected the first process to write {path}, it could not")
 
 
 def adapter_files(

@@ -33,6 +33,7 @@ from nf4.models.adapt import (
 from nf4.models.hosts import tell_hosts
 from nf4.models.quantize import check_model, check_no_peft, replace_layers
 from nf4.models.starts import Source, dense_source, initialize
+from nf4.tools.ranks import copy_whole, reshard
 
 Original = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str] | None
 
@@ -51,6 +52,7 @@ def restore_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name
         ValueError: a file is corrupt, or holds another adapter than the model has; nothing is
             changed then.
     """
+    reshard(model)
     model, file = unwrapped(model), AdapterFile.read(Path(path))
     held = adapter_layers(model, adapter_name)
     values = _find_biases(model, file, beside=False)
@@ -71,7 +73,7 @@ def restore_adapter(model: nn.Module, path: str | os.PathLike[str], adapter_name
     for name, adapter in held.items():
         adapter.copy_from(file.tensors[name])
     for parameter, value in values:
-        parameter.copy_(value)
+        copy_whole(parameter, value)
 
 
 def load_adapter(
@@ -106,6 +108,7 @@ def load_adapter(
     check_model(model)
     check_no_peft(model)
     check_adapter_name(name)
+    reshard(model)
     plan = Plan(unwrapped(model), AdapterFile.read(Path(path)), name, beside)
     plan.place_all()
     plan.find_source(original)
@@ -233,7 +236,7 @@ class Plan:
         train_biases(self.model, self.file.bias if not self.beside else "none")
         with torch.no_grad():
             for parameter, value in self.values:
-                parameter.copy_(value)
+                copy_whole(parameter, value)
         tell_hosts(self.model)
 
     def _convert(self, layer: nn.Module) -> nn.Module:
@@ -310,6 +313,8 @@ class Plan:
     def _check_place(self, layer: nn.Module, change: BaseChange | None, module: str) -> None:
         """Raise unless an adapter can be put on a layer with its base as it is."""
         file = self.file.folder / CONFIG_NAME
+        if change is not None and isinstance(layer, LinearNF4):
+            layer.check_whole(f"start an adapter by {change.kind}")
         if change is not None and not isinstance(layer, LinearNF4):
             raise ValueError(
                 f"{file}: {module}: expected a LinearNF4 for an adapter that started by "

@@ -276,7 +276,7 @@ class LinearNF4(QuantizedModule):
             parts = (own("packed"), own("absmax"), buffer("absmax2"), buffer("offset"))
             bias = own("bias") if "bias" in self._parameters else self.bias  # may be computed
             if self.split is not None:
-                parts = (parts[0], buffer("absmax"), *parts[2:])
+                parts = (parts[0], buffer("absmax"), *self.split.scales(self))
                 bias = self.split.bias(bias)
             y = replay.again(replays, parts, self.block_size, x, (bias, *factors), scaling)
             if y is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nf4.layers import bitsandbytes as bitsandbytes_files
 from nf4.layers.group import group_of
 from nf4.layers.sharded import repacked
-from nf4.layers.split import WHOLE, Split
+from nf4.layers.split import OWN, Split
 from nf4.ops import replay
 from nf4.tensor import PARTS, NF4Tensor, is_finite, is_mark
 from nf4.tools.ranks import is_sharded, replicated, whole
@@ -63,6 +63,9 @@ class QuantizedModule(nn.Module):
         if self.split is not None:  # of scales a part may have fp32 ones in place of codes
             del self.absmax
             self.register_buffer("absmax", q.absmax.detach())
+            own = None if q.absmax2 is None else q.absmax2.detach()
+            self.register_buffer("part_absmax2", own, persistent=False)
+            return self
         for name, scales in zip(BUFFERS, q.parts()[2:], strict=True):
             plain = scales is None or (type(scales) is Tensor and not scales.requires_grad)
             self.register_buffer(name, scales if plain else scales.detach())  # type: ignore[union-attr]
@@ -87,7 +90,9 @@ class QuantizedModule(nn.Module):
     def held(self) -> NF4Tensor:
         """Return the quantized weight, sharing this module's tensors."""
         packed: Tensor = self.packed
-        layout = "rows"
+        layout, absmax2, offset = "rows", self.absmax2, self.offset
+        if self.split is not None:
+            absmax2, offset = self.split.scales(self)
         if packed.dtype == torch.int32:
             packed, layout = packed.view(torch.uint8), "fragments"
         return NF4Tensor(
@@ -96,8 +101,8 @@ class QuantizedModule(nn.Module):
             self._weight_shape,
             self.dtype,
             self.block_size,
-            self.absmax2,
-            self.offset,
+            absmax2,
+            offset,
             layout,
         )
 
@@ -126,7 +131,7 @@ class QuantizedModule(nn.Module):
         group = group_of(self)
         if group is not None:
             group.forget()
-        names = PARTS if self.split is None else (*PARTS, *WHOLE)
+        names = PARTS if self.split is None or self.awaits else (*PARTS, *OWN)
         frozen = {id(getattr(self, name)) for name in names}
 
         def keep_dtype(t: Tensor) -> Tensor:
@@ -142,7 +147,10 @@ class QuantizedModule(nn.Module):
 
     def _describe(self) -> dict[str, Any]:
         """Return what `nf4.to_bitsandbytes` reads of this module in a state dict's metadata."""
-        return bitsandbytes_files.describe(self.weight)
+        q = self.weight
+        if self.split is not None:
+            q = q.with_parts(q.parts(), shape=self.split.shape)
+        return bitsandbytes_files.describe(q)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -216,7 +224,7 @@ class QuantizedModule(nn.Module):
             return [
                 f"{prefix}weight: expected shape {tuple(self._weight_shape)}, got {tuple(q.shape)}"
             ]
-        errors = []
+        errors = [] if self.split is None else self._split_errors(state_dict, prefix)
         for name in PARTS:
             new, key, form = state_dict.get(prefix + name), prefix + name, expected.get(name)
             if new is not None and form is None:
@@ -233,6 +241,24 @@ class QuantizedModule(nn.Module):
                 errors.append(f"{key}: expected finite values, got NaN or an infinity")
         return errors
 
+    def _split_errors(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """Return what is wrong with what a state dict has for a layer that is split."""
+        there = [name for name in self._expected() if prefix + name in state_dict]
+        if there and len(there) < len(self._expected()):
+            return [
+                f"{prefix}{there[0]}: expected all of {', '.join(self._expected())} for a layer "
+                f"that is split, got {', '.join(there)} alone"
+            ]
+        return [
+            f"{prefix}{name}: expected a DTensor for a layer that is split, got a plain tensor; "
+            "use set_model_state_dict of torch.distributed.checkpoint with full_state_dict=True"
+            for name, parameter in self.named_parameters()
+            if is_sharded(parameter)
+            and name not in PARTS
+            and prefix + name in state_dict
+            and not is_sharded(state_dict[prefix + name])
+        ]
+
     def _expected(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Return dtypes and shapes of the parts in a state dict."""
         if self.split is not None:
@@ -246,6 +272,11 @@ class QuantizedModule(nn.Module):
         Args:
             what: what is to be done with it.
         """
+        if is_sharded(self.packed):
+            raise ValueError(
+                f"expected a whole layer to {what}, got one of fully_shard: do it before that, or "
+                "in one process after the model was saved"
+            )
         if self.split is not None:
             raise ValueError(
                 f"expected a whole layer to {what}, got one with {self.split}: do it in one "

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor import parallel as shipped
 
+from nf4.adapters.factor_parts import local_factor
 from nf4.adapters.layer import AdaptedLayer
 from nf4.layers.group import leave
 from nf4.layers.linear import LinearNF4
@@ -45,8 +46,12 @@ class _Style:
 
     def attach(self, layer: nn.Module) -> None:
         """Take a layer's inputs and give its outputs."""
-        layer.register_forward_pre_hook(self._enter)
+        layer.register_forward_pre_hook(self._take, with_kwargs=True)
         layer.register_forward_hook(self._leave)
+
+    def _take(self, layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        x = args[0] if args else named.pop("input")
+        return (self._enter(layer, x), *args[1:]), named
 
 
 class ColwiseParallel(_Style, shipped.ColwiseParallel):
@@ -67,14 +72,14 @@ class ColwiseParallel(_Style, shipped.ColwiseParallel):
 
     _dim = 0
 
-    def _enter(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *rest = args
+    def _enter(self, layer: Any, x: Tensor) -> Tensor:
         if not isinstance(x, DTensor) and self.input_layouts == (Replicate(),):
-            return (_summed_backward(x, layer.split.mesh), *rest)
+            return _summed_backward(x, layer.split.mesh)
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, layer.split.mesh, self.input_layouts, run_check=False)
         x = x.redistribute(placements=[Replicate()])
-        return (x.to_local(grad_placements=[Partial()]), *rest)
+        local: Tensor = x.to_local(grad_placements=[Partial()])
+        return local
 
     def _leave(self, layer: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
         if self.use_local_output and self.output_layouts == (Shard(-1),):
@@ -107,23 +112,27 @@ class RowwiseParallel(_Style, shipped.RowwiseParallel):
 
     _dim = 1
 
-    def _enter(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *rest = args
+    def _enter(self, layer: Any, x: Tensor) -> Tensor:
         if not isinstance(x, DTensor) and self.input_layouts == (Shard(-1),):
-            return args
+            return x
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, layer.split.mesh, self.input_layouts, run_check=False)
-        return (x.redistribute(placements=[Shard(x.ndim - 1)]).to_local(), *rest)
+        local: Tensor = x.redistribute(placements=[Shard(x.ndim - 1)]).to_local()
+        return local
 
     def _leave(self, layer: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
         mesh, bias = layer.split.mesh, layer.bias
-        if self.use_local_output and self.output_layouts == (Replicate(),):
+        if self.output_layouts == (Replicate(),):
             y = _summed(y, mesh)
-            return y if bias is None else y + bias.to_local().to(y.dtype)
-        out = DTensor.from_local(y, mesh, [Partial()], run_check=False)
-        out = out.redistribute(placements=self.output_layouts)
-        out = out if bias is None else out + bias.to(out.dtype)
-        return out.to_local() if self.use_local_output else out
+        else:
+            out = DTensor.from_local(y, mesh, [Partial()], run_check=False)
+            y = out.redistribute(placements=self.output_layouts).to_local()
+        if bias is not None:  # where each has a part of the output, gradients of it are summed
+            own = bias.to_local() if self.output_layouts == (Replicate(),) else local_factor(bias)
+            y = y + own.to(y.dtype)
+        if self.use_local_output:
+            return y
+        return DTensor.from_local(y, mesh, self.output_layouts, run_check=False)
 
 
 def split_layer(

@@ -22,9 +22,9 @@ from nf4.reference.dequantize_absmax import dequantize_absmax
 from nf4.tensor import PARTS, NF4Tensor, packed_shape
 from nf4.tools.ranks import distributed, is_sharded, replicated, whole
 
-# Buffers of a split layer, which tell the scales of the whole weight; of its part where it has
-# them in fp32
-WHOLE = ("part_absmax", "whole_absmax2", "whole_offset")
+# Buffers that a split layer has beside: codes of its part's scales, where it has these in fp32, and
+# else its part of absmax2. Its own absmax2 and offset are those of the whole weight
+OWN = ("part_absmax", "part_absmax2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +128,9 @@ class Split:
         old = layer._parameters.get("packed")
         blocks = self.shape[1] // self.block_size
         codes = None if self._keeps_codes else self._cut(q.absmax, blocks).view(-1)
-        for name, tensor in zip(WHOLE, (codes, q.absmax2, q.offset), strict=True):
-            layer.register_buffer(name, None if tensor is None else tensor.detach().clone(), False)
+        layer.register_buffer("part_absmax", codes, persistent=False)
+        for name, tensor in (("absmax2", q.absmax2), ("offset", q.offset)):
+            layer.register_buffer(name, None if tensor is None else tensor.detach().clone())
         part = self.part(q)
         if is_sharded(old):  # by fully_shard
             part = part.with_parts((distributed(part.packed, old), *part.parts()[1:]))
@@ -171,7 +172,7 @@ class Split:
         for name in PARTS:
             destination.pop(prefix + name, None)
         destination[prefix + "packed"] = packed
-        scales = (absmax.view(-1), layer.whole_absmax2, layer.whole_offset)
+        scales = (absmax.view(-1), layer.absmax2, layer.offset)
         for name, tensor in zip(PARTS[1:], scales, strict=True):
             if tensor is not None:
                 destination[prefix + name] = replicated(tensor.detach(), packed)
@@ -208,16 +209,31 @@ class Split:
         """Let a layer that has its part of ``packed``, and all scales, hold its part of those."""
         q = layer.held()
         self.place(layer, q.with_parts(q.parts(), shape=self.shape))
+        layer.awaits = False
         layer._choose_layout()
 
     def carry(self, old: Any, new: Any) -> None:
-        """Let a layer made of another's part be one of a part too."""
-        for name in WHOLE:
-            new.register_buffer(name, getattr(old, name), False)
+        """Let a layer around another's part be one of a part too.
+
+        Raises:
+            ValueError: it is around another weight.
+        """
+        if new.packed.data_ptr() != old.packed.data_ptr():
+            old.check_whole("give another weight")
+        for name in OWN:
+            new.register_buffer(name, getattr(old, name), persistent=False)
+        for name in ("absmax2", "offset"):
+            new.register_buffer(name, getattr(old, name))
         new.split = self
         new._hold(old.held())
         new.bias = old.bias
         self.style.attach(new)
+
+    def scales(self, layer: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Return absmax2 and offset of a layer's part; none where its scales are in fp32."""
+        if layer.awaits:
+            return layer.absmax2, layer.offset
+        return layer.part_absmax2, None if layer.part_absmax2 is None else layer.offset
 
     def base(self, layer: Any) -> QuantizedBase:
         """Return what tells the whole weight's sizes, for adapters to be made; no product."""

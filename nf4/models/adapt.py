@@ -25,7 +25,7 @@ from nf4.models.quantize import (
 )
 from nf4.models.selection import dense_layers
 from nf4.ops.checks import check_names
-from nf4.tools.ranks import is_sharded
+from nf4.tools.ranks import is_sharded, reshard
 
 
 def find_targets(
@@ -55,6 +55,7 @@ def find_targets(
     """
     check_model(model)
     check_no_peft(model)
+    reshard(model)
     check_adapter_name(adapter_name)
     check_name_is_free(model, adapter_name, kind, bias)
     layers, missed = linear_layers(model), []
@@ -80,6 +81,8 @@ def find_targets(
                 f"{name}: expected a LinearNF4, torch.nn.Linear or Conv1D, "
                 f"got {type(module).__name__}"
             )
+        if isinstance(module, LinearNF4):
+            check_parts(name, module, kind is LoRA)
         if not isinstance(module, LinearNF4 | AdaptedLayer):
             check_parameters(name, module)
         if isinstance(module, AdaptedLayer) and adapter_name in module.named_adapters():
@@ -211,6 +214,25 @@ def layer_base(layer: nn.Module) -> Base:
     return base_of(dense_weight(layer), bias)
 
 
+def check_parts(name: str, layer: LinearNF4, is_lora: bool) -> None:
+    """Raise ValueError unless a layer of which a process may have a part can have an adapter.
+
+    Args:
+        name: of the layer.
+        layer: to put it on.
+        is_lora: whether the adapter is a plain LoRA.
+    """
+    if is_sharded(layer.packed):
+        raise ValueError(
+            f"{name}: expected a whole layer, or one that is split, to put an adapter on, got one "
+            "of fully_shard, which comes after adapters"
+        )
+    if layer.split is not None and not is_lora:
+        raise ValueError(
+            f"{name}: expected a LoRA adapter without DoRA for a layer that is split, got another"
+        )
+
+
 def with_adapter(layer: nn.Module, adapter_name: str, adapter: Adapter) -> AdaptedLayer:
     """Return a linear layer with another adapter, which is not active yet unless it is the first.
 
@@ -219,13 +241,6 @@ def with_adapter(layer: nn.Module, adapter_name: str, adapter: Adapter) -> Adapt
         adapter_name: of the adapter.
         adapter: what to put there.
     """
-    if isinstance(layer, LinearNF4) and is_sharded(layer.packed):
-        raise ValueError(
-            "expected a layer that no process has a part of, to put an adapter on, got one of "
-            "fully_shard, which comes after"
-        )
-    if isinstance(layer, LinearNF4) and layer.split is not None:
-        layer.split.check_adapter(adapter)
     if isinstance(layer, AdaptedLayer):
         adapted = layer
     elif not isinstance(layer, LinearNF4):

@@ -15,6 +15,7 @@ from nf4.functional import dequantize, quantize, scales_of, to_rows
 from nf4.layers.embedding import EmbeddingNF4
 from nf4.layers.experts import ExpertsNF4
 from nf4.layers.linear import LinearNF4
+from nf4.layers.module import QuantizedModule
 from nf4.models.hosts import tell_hosts
 from nf4.models.quantize import (
     check_callback,
@@ -24,6 +25,7 @@ from nf4.models.quantize import (
     replace_layers,
 )
 from nf4.tensor import NF4Tensor
+from nf4.tools.ranks import reshard
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,6 +79,10 @@ def merge(
     check_callback(report, "report")
     if not isinstance(requantize, bool) and requantize != "exact":
         raise TypeError(f"requantize: expected a bool or 'exact', got {requantize!r}")
+    reshard(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedModule):
+            module.check_whole("merge")
     layers = _mergeable(model)
     if not layers and not any(isinstance(m, EmbeddingNF4 | ExpertsNF4) for m in model.modules()):
         raise ValueError(

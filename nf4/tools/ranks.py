@@ -1,9 +1,11 @@
 """Tensors that several processes share, as torch.distributed's DTensor holds them."""
 
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -52,7 +54,49 @@ def distributed(tensor: Tensor, like: Any) -> Tensor:
     return distribute_tensor(tensor.contiguous(), *placed, src_data_rank=None)
 
 
-def rank() -> int:
-    """Return the rank of this process, 0 where there is only one."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if there else 0
+def copy_whole(target: Tensor, values: Tensor) -> None:
+    """Give a tensor, which may be sharded, the values that each process has whole."""
+    target.copy_(distributed(values, target) if is_sharded(target) else values)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let what fully_shard manages be sharded, as it is between two steps.
+
+    After a forward pass a group may stay gathered: its parameters are plain then, and copies.
+    """
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+class Company:
+    """The processes that have parts of a model, and which of them writes.
+
+    Args:
+        meshes: the device meshes of its parts, of which one may be part of another.
+    """
+
+    def __init__(self, meshes: Iterable[Any]) -> None:
+        self._meshes = list(meshes)
+
+    def __bool__(self) -> bool:
+        """Return whether there are several."""
+        return any(mesh.size() > 1 for mesh in self._meshes)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes: the first of each mesh."""
+        return not any(any(mesh.get_coordinate() or ()) for mesh in self._meshes)
+
+    def agree(self, fine: bool) -> bool:
+        """Return whether all are fine; each has to ask."""
+        for mesh in self._meshes:
+            flag = torch.tensor(int(fine), device=mesh.device_type)
+            for dim in range(mesh.ndim):
+                group = mesh.get_group(dim)
+                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group)
+            fine = bool(flag)
+        return fine

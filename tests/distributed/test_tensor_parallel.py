@@ -126,7 +126,7 @@ def test_what_cannot_be_split_is_refused_in_words(tmp_path) -> None:
         assert "LoRA adapters on a layer that is split, got DoRA" in found["dora"]
         assert "LinearNF4 or QLoRALinear to split, got EmbeddingNF4" in found["embedding"]
         assert "a whole layer to merge, got one with rows of 64 x 128" in found["merge"]
-        assert "LoRA adapters on a layer that is split, got IA3" in found["adapt"]
+        assert "a LoRA adapter without DoRA for a layer that is split" in found["adapt"]
 
 
 def test_a_style_does_for_dense_layers_what_torch_s_does() -> None:

@@ -40,6 +40,11 @@ def _on_nf4(target: nn.Module) -> bool:
             f"expected a LinearNF4 without adapter, got a {type(target).__name__}: add adapters "
             "with nf4.add_lora or with PEFT, not with both"
         )
+    if isinstance(target, LinearNF4) and target.split is not None:
+        raise ValueError(
+            f"expected a whole layer for PEFT's adapters, got one with {target.split}: use "
+            "nf4.add_lora, which splits adapters to match"
+        )
     return isinstance(target, LinearNF4)
 
 

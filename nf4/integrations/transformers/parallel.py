@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.distributed import tensor_parallel as shipped
 
+from nf4.integrations.transformers.config import METHOD
 from nf4.integrations.wrapping import wrap_once
 from nf4.layers.module import QuantizedModule
 
@@ -24,12 +25,13 @@ def install() -> None:
         wrap_once(style, "install_forward", _splitting)
 
 
-def check_distributed(model: Any, pre_quantized: bool) -> None:
+def check_distributed(model: Any, pre_quantized: bool, stored_as: str) -> None:
     """Raise ValueError if processes cannot have their parts of a model that is to be loaded.
 
     Args:
         model: whose config says how it is distributed.
         pre_quantized: whether its weights are in 4 bits already.
+        stored_as: what wrote them.
     """
     plan = getattr(model.config, "distributed_config", None)
     tensor, others = getattr(plan, "tp_size", 1) or 1, getattr(plan, "dp_size", 1) or 1
@@ -37,6 +39,11 @@ def check_distributed(model: Any, pre_quantized: bool) -> None:
         raise ValueError(
             "distributed_config: expected a folder of 4-bit weights, of which each process reads "
             "its part, got dense ones; quantize it first: `nf4 quantize SOURCE TARGET`"
+        )
+    if max(tensor, others) > 1 and stored_as != METHOD:
+        raise ValueError(
+            f"distributed_config: expected a folder that nf4 has written, got one of {stored_as}; "
+            "open it in one process, and save it"
         )
     if tensor > 1 and others > 1:
         raise ValueError(

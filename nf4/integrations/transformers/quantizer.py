@@ -111,7 +111,7 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
-        check_distributed(model, self.pre_quantized)
+        check_distributed(model, self.pre_quantized, config.stored_as)
         self.stored = stored_tensors(checkpoint_files)
         ignore_marks(self.stored, model)
         default = self._default_skip(model)
@@ -160,9 +160,9 @@ class NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, QuantizedModule):
                 self._check_scales(name, module)
-                module.awaits = False
                 if module.split is not None:
                     module.split.settle(module)
+                module.awaits = False
                 for parameter in module.weight.tensors():
                     parameter.requires_grad_(False)
                 module._choose_layout()

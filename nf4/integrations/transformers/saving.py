@@ -23,8 +23,9 @@ from nf4.integrations.transformers.config import NF4Config
 from nf4.integrations.transformers.host import settle
 from nf4.integrations.transformers.quantizer import NF4Quantizer
 from nf4.integrations.wrapping import wrap_once
+from nf4.layers.sharded import company_of
 from nf4.models.adapt import adapter_names
-from nf4.tools.ranks import gathered, is_sharded
+from nf4.tools.ranks import gathered
 
 
 def install() -> None:
@@ -43,7 +44,7 @@ def _saving(shipped: Callable[..., Any]) -> Callable[..., Any]:
         given = bound.arguments
         adapted = bool(adapted_layers(self))
         state, writes = given["state_dict"], given["is_main_process"]
-        if state is None and any(is_sharded(parameter) for parameter in self.parameters()):
+        if state is None and company_of(self):
             state = gathered(self.state_dict(), keep=writes)
         files = _files_of(self, state) if adapted and writes else {}
         if adapted and given["push_to_hub"]:

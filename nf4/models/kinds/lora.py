@@ -12,6 +12,7 @@ from nf4.adapters.term import base_of
 from nf4.layers.linear import LinearNF4
 from nf4.models.adapt import (
     check_bias,
+    check_parts,
     find_targets,
     layer_base,
     put_adapters,
@@ -81,6 +82,11 @@ def add_lora(
             f"got {init_lora_weights!r}"
         )
     targets = find_targets(model, target_modules, adapter_name, LoRA, bias)
+    for name, layer in targets.items():
+        if isinstance(layer, LinearNF4):
+            check_parts(name, layer, not use_dora)
+            if kind:
+                layer.check_whole(f"start by {kind}")
     quantized = _check_start(str(kind), targets, r)
     source = dense_source(original, quantized, needed=kind == "loftq") if kind else None
     options: dict[str, Any] = {
@@ -93,8 +99,6 @@ def add_lora(
 
     def make(name: str, layer: nn.Module) -> nn.Module:
         base = layer_base(layer)
-        if kind and isinstance(layer, LinearNF4):
-            layer.check_whole(f"start by {kind}")
         if not isinstance(base.weight, NF4Tensor) or not kind:
             return with_adapter(layer, adapter_name, LoRA(base, **options))
         dense = None if source is None else source(name)
