@@ -94,7 +94,7 @@ def test_wheel_has_urls_and_a_description_that_shows_anywhere(wheel) -> None:
     targets = re.findall(r"\]\(([^)\s]*)\)", re.sub(r"```.*?```", "", text, flags=re.S))
     assert any(t.startswith("https://") for t in targets)
     assert [t for t in targets if not t.startswith(("https://", "http://", "#"))] == []
-    assert "![" not in text and "Training loss of the demo" in text
+    assert "![" not in text and "Perplexity, parameters and memory of each method" in text
 
 
 def test_wheel_has_every_module_of_nf4_kernels_and_bench(wheel) -> None:

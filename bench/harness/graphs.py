@@ -36,8 +36,8 @@ FORMAT = "nf4-graphs-1"
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "1024x4096", "28672x8192")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 RANKS = (16, 64)
-IN_README = ("4096×4096", "14336×4096")
-ROWS_IN_README = (", M = 1", ", M = 16", ", M = 64", ", M = 4096")
+SHAPES_IN_GUIDE = ("4096×4096", "14336×4096")
+ROWS_IN_GUIDE = (", M = 1", ", M = 16", ", M = 64", ", M = 4096")
 COLD_BYTES = 4e8  # of what a graph reads, several times any cache
 REPEATS = 7
 
@@ -193,13 +193,13 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def summary(found: dict[str, Any]) -> list[str]:
-    """Return lines of Markdown for the README: what products and dequantizing take, and others."""
+    """Return lines of Markdown for the guide to benchmarks: what products take, and others."""
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for operator, size, name, took, limit in found["rows"]:
         row = cells.setdefault((operator, size), {"limit": f"{limit:.1f}"})
         row.setdefault("nf4" if name.startswith("nf4") else name, f"{took:.1f}")
     columns = ("nf4", "bitsandbytes", "dense bf16", "limit")
-    wanted = [f"{shape}{rows}" for shape in IN_README for rows in ROWS_IN_README]
+    wanted = [f"{shape}{rows}" for shape in SHAPES_IN_GUIDE for rows in ROWS_IN_GUIDE]
     lines = [
         [f"linear, {size}", *(cells["linear", size].get(c, "") for c in columns)]
         for size in wanted

@@ -1,4 +1,4 @@
-"""The figures of the project's README: of each device's results, ours beside bitsandbytes'."""
+"""Figures of the README and of the guide to benchmarks: ours beside bitsandbytes', by device."""
 
 from collections.abc import Iterator
 from importlib import import_module
@@ -14,6 +14,8 @@ from nf4.bench.model import smollm2
 from nf4.tools.paths import write_file
 
 README = FOLDER.parent / "README.md"
+GUIDE = FOLDER.parent / "notebooks" / "guides" / "benchmarks.md"
+FRONT = "<!-- Made by `nf4 bench --render` from files in bench/results: do not edit. -->"
 BEGIN = "<!-- Made by `nf4 bench --render` from bench/results: do not edit. -->"
 METHODS = "<!-- Made by `nf4 bench --render` from comparisons in bench/results: do not edit. -->"
 END = "<!-- End of what was made. -->"
@@ -21,6 +23,10 @@ COMPARISON = "nf4-compare-1"  # format of what nf4.commands.comparison writes
 SHAPE = "4096×4096"
 OPS = ("quantize", "dequantize", "matmul", "qlora_step")
 PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
+DEMO = "demo-cpu.json"
+# Operators and rows of the README's one table
+IN_FRONT = ("quantize", "dequantize", "matmul, 1 row", "QLoRA step, 512 rows")
+PRODUCTS_IN_FRONT = tuple(f"linear, {SHAPE}, M = {rows}" for rows in (1, 16, 4096))
 
 
 def summary(folder: Path = results.RESULTS) -> str:
@@ -40,6 +46,70 @@ def summary(folder: Path = results.RESULTS) -> str:
     return "\n".join(lines)
 
 
+def front(folder: Path = results.RESULTS) -> str:
+    """Return the table of the README as Markdown: a few figures, each with its file.
+
+    Raises:
+        ValueError: a file of results is broken.
+    """
+    rows: list[list[str]] = []
+    for data, path in _files(folder):
+        found: list[list[str]] = []
+        if path.name == DEMO:
+            found = _demo(data)
+        elif data.get("format") == results.FORMAT:
+            found = _front_operators(results.from_json(data, str(path)))
+        elif data.get("format") == graphs.FORMAT:
+            lines = (line.strip("| ").split(" | ") for line in graphs.summary(data))
+            found = [
+                [f"{what}, bf16", f"{ours} µs", f"bitsandbytes: {theirs} µs"]
+                for what, ours, theirs, *_ in (cells for cells in lines if len(cells) > 2)
+                if what in PRODUCTS_IN_FRONT
+            ]
+        elif data.get("format") == smollm2.FORMAT and data["dtype"] == "bf16":
+            found = [
+                [f"{data['model']}: {what}", f"{ours} s", f"bitsandbytes: {theirs} s"]
+                for what, ours, theirs, *_ in smollm2.rows(data)
+            ]
+        source = f"[{path.stem}](bench/results/{path.name})"
+        rows += [[what, data["device"], *cells, source] for what, *cells in found]
+    return "\n".join(table(["measured", "device", "nf4", "beside", "file"], rows))
+
+
+def _demo(data: dict[str, Any]) -> list[list[str]]:
+    """Return what the demo measured: bytes, and perplexity before and after training."""
+    found = data["result"]
+    before, after = (f"{found[f'linear_bytes_{x}'] / 1e6:.1f} MB" for x in ("before", "after"))
+    plain, nf4, tuned = (
+        found[name] for name in ("perplexity_fp32", "perplexity_nf4", "held_out_tuned")
+    )
+    name = found["model"]
+    return [
+        [f"{name}: its {found['layers']} linear layers", after, f"fp32: {before}"],
+        [
+            f"{name}: perplexity of Wikipedia, {found['perplexity_tokens']} tokens",
+            f"{nf4:.2f}",
+            f"fp32: {plain:.2f}",
+        ],
+        [
+            f"{name}: perplexity of Macbeth after {found['steps']} steps of QLoRA",
+            f"{tuned:.2f}",
+            f"before them: {found['held_out_nf4']:.2f}",
+        ],
+    ]
+
+
+def _front_operators(found: Results) -> list[list[str]]:
+    """Return a few operators in bf16, in ms of CPU time of all threads, or of time."""
+    sections = {op: found.sections[op] for op in OPS if op in found.sections}
+    rows = [cells for op, s in sections.items() for row in s.rows for cells in _cells(op, row)]
+    return [
+        [f"{what}, {SHAPE}, {dtype}", f"{ours} ms", f"bitsandbytes: {theirs} ms"]
+        for what, dtype, ours, theirs, _ in rows
+        if what in IN_FRONT and dtype == "bf16"
+    ]
+
+
 def methods(folder: Path = results.RESULTS) -> str:
     """Return the tables of methods of fine-tuning as Markdown, see `nf4.commands.comparison`.
 
@@ -57,19 +127,30 @@ def _files(folder: Path) -> Iterator[tuple[dict[str, Any], Path]]:
 
 
 def write_readme() -> None:
-    """Put the tables into the README of this checkout, where their marks are.
+    """Put the tables into the README and the guide of this checkout, where their marks are.
 
     Raises:
-        ValueError: there is no README with all marks, or a file of results is broken.
+        ValueError: a page with all its marks is not there, or a file of results is broken.
     """
-    text = README.read_text(encoding="utf-8") if README.is_file() else ""
-    for mark, made in ((BEGIN, summary()), (METHODS, methods())):
+    pages = {
+        README: ((FRONT, front()),),
+        GUIDE: ((BEGIN, summary()), (METHODS, methods())),
+    }
+    made = {path: _filled(path, parts) for path, parts in pages.items()}
+    for path, text in made.items():
+        write_file(path, text)
+
+
+def _filled(path: Path, parts: tuple[tuple[str, str], ...]) -> str:
+    """Return the text of a page with each table after its mark."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    for mark, made in parts:
         before, begin, rest = text.partition(mark)
         _, end, after = rest.partition(END)
         if not (begin and end):
-            raise ValueError(f"render: expected {README} to hold {mark} and {END}")
+            raise ValueError(f"render: expected {path} to hold {mark} and {END}")
         text = f"{before}{mark}\n\n{made}\n{END}{after}"
-    write_file(README, text)
+    return text
 
 
 def _operators(found: Results) -> list[str]:
@@ -84,7 +165,7 @@ def _operators(found: Results) -> list[str]:
 
 
 def _cells(op: str, row: Row) -> Iterator[list[str]]:
-    """Yield a line if the case is one of the README's and bitsandbytes was there."""
+    """Yield a line if the case is one of the tables' and bitsandbytes was there."""
     peer = next((name for name in PEERS if name in row.timings), None)
     if row.labels.get("W") != SHAPE or peer is None or row.labels.get("pass") == "forward":
         return

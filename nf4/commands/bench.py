@@ -60,7 +60,8 @@ def add_bench(commands: Any) -> None:
     modes.add_argument(
         "--render",
         action="store_true",
-        help="make bench/README.md, and the figures of README.md, from bench/results",
+        help="make bench/README.md, and the figures of README.md and of the guide to benchmarks, "
+        "from bench/results",
     )
     modes.add_argument(
         "--compile",

@@ -187,12 +187,16 @@ def test_committed_page_is_that_of_the_committed_results() -> None:
 def test_render_writes_the_page_of_a_checkout(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(render, "PAGE", tmp_path / "README.md")
     monkeypatch.setattr(summary, "README", tmp_path / "front.md")
+    monkeypatch.setattr(summary, "GUIDE", tmp_path / "guide.md")
+    summary.README.write_text(f"above\n{summary.FRONT}\nold\n{summary.END}\nbelow\n")
     old = f"above\n{summary.BEGIN}\nold\n{summary.END}\nbelow\n{summary.METHODS}{summary.END}\n"
-    summary.README.write_text(old)
+    summary.GUIDE.write_text(old)
     assert main(["bench", "--render"]) == 0
     made = f"above\n{summary.BEGIN}\n\n{summary.summary()}\n{summary.END}\nbelow\n"
     made += f"{summary.METHODS}\n\n{summary.methods()}\n{summary.END}\n"
-    assert summary.README.read_text() == made
+    assert summary.GUIDE.read_text() == made
+    front = f"above\n{summary.FRONT}\n\n{summary.front()}\n{summary.END}\nbelow\n"
+    assert summary.README.read_text() == front
     assert capsys.readouterr().out == f"{tmp_path / 'README.md'}\n"
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == render.page()
     monkeypatch.setattr(results, "RESULTS", tmp_path / "none")
@@ -232,8 +236,12 @@ def test_results_go_to_a_file_of_the_device_s_name(tmp_path, monkeypatch) -> Non
     assert results.default_path("A (R), 2 threads") == tmp_path / "a-r-2-threads.json"
 
 
-def test_readme_has_the_figures_of_the_committed_results() -> None:
+def test_pages_have_the_figures_of_the_committed_results() -> None:
     text = summary.README.read_text(encoding="utf-8")
+    assert f"{summary.FRONT}\n\n{summary.front()}\n{summary.END}" in text
+    for device in ("| AMD EPYC, 2 threads |", "| NVIDIA H200 |", "[demo-cpu]"):
+        assert device in text
+    text = summary.GUIDE.read_text(encoding="utf-8")
     assert f"{summary.BEGIN}\n\n{summary.summary()}\n{summary.END}" in text
     assert f"{summary.METHODS}\n\n{summary.methods()}\n{summary.END}" in text
     assert "quantize | bf16" in text and "generate 64 tokens" in text
@@ -242,6 +250,11 @@ def test_readme_has_the_figures_of_the_committed_results() -> None:
 def test_readme_without_marks_is_left_as_it_is(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(summary, "README", tmp_path / "README.md")
     summary.README.write_text("by hand")
+    monkeypatch.setattr(summary, "GUIDE", tmp_path / "guide.md")
     with pytest.raises(ValueError, match="render: expected .*README.md to hold <!-- Made by"):
         summary.write_readme()
     assert summary.README.read_text() == "by hand"
+    summary.README.write_text(f"{summary.FRONT}{summary.END}")
+    with pytest.raises(ValueError, match="render: expected .*guide.md to hold <!-- Made by"):
+        summary.write_readme()
+    assert summary.README.read_text() == f"{summary.FRONT}{summary.END}"

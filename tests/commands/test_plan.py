@@ -200,9 +200,11 @@ def test_what_would_fit_fits_and_is_asked_for_by_its_options() -> None:
     assert proposals(replace(tight, memory=3e9)) == []
 
 
-def test_plans_of_the_readme_fit_as_it_says(capsys) -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    told = re.findall(r"^nf4 plan (.*?) +# fits: ([0-9.]+) GB each$", readme, flags=re.M)
+def test_plans_of_the_guide_fit_as_it_says(capsys) -> None:
+    page = Path(__file__).resolve().parents[2] / "notebooks/guides/several_gpus.md"
+    told = re.findall(
+        r"^nf4 plan (.*?) +# fits: ([0-9.]+) GB each$", page.read_text("utf-8"), flags=re.M
+    )
     assert len(told) == 2
     for arguments, needed in told:
         status, out, _ = run(capsys, *arguments.split())

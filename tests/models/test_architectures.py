@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures: quantized, adapted, merged, loaded; README's table."""
+"""Tiny random models of many architectures: quantized, adapted, merged, loaded; its table."""
 
 import copy
 from collections import Counter
@@ -15,7 +15,7 @@ from nf4.integrations.transformers import NF4Config
 from nf4.layers.experts import ExpertsNF4, is_experts
 from nf4.layers.linear import is_conv1d
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).resolve().parents[2] / "notebooks/guides/architectures.md"
 KINDS = {"Linear": "nn.Linear", "Conv1D": "Conv1D", "experts": "experts"}
 
 
@@ -79,7 +79,7 @@ def test_architecture(name, tmp_path) -> None:
     names = {".".join(n.split(".")[-2:]) for n in dense_left}
     cells = (name, f"`{type(dense).__name__}`", " and ".join(parts), ", ".join(sorted(names)))
     row = "| " + " | ".join(cells) + " |"
-    assert row in README.splitlines(), f"README.md: expected the row {row}"
+    assert row in PAGE.read_text(encoding="utf-8").splitlines(), f"{PAGE.name}: expected {row}"
 
 
 TOKEN_MODELS = [name for name in ARCHITECTURES if name != "ViT"]

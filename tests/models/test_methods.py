@@ -1,4 +1,4 @@
-"""LoRA, QLoRA, T-Few's (IA)³ and AdaMix on the architectures they were made for; README's table."""
+"""LoRA, QLoRA, T-Few's (IA)³ and AdaMix on the architectures they were made for; its table."""
 
 import copy
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import nn
 import nf4
 from nf4.adapters.layer import adapted_layers
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = Path(__file__).resolve().parents[2] / "notebooks/guides/architectures.md"
 # How each is added, its learning rate, and whether its base is in four bits. Random weights are so
 # small that factors beside one change little: they get a large rate.
 METHODS = {
@@ -81,4 +81,4 @@ def test_methods_on_architecture(name, tmp_path) -> None:
     counts = [f"{tune(name, method, tmp_path / method):,}" for method in METHODS]
     total = sum(p.numel() for p in make(name).parameters())
     row = f"| {name} | `{ARCHITECTURES[name][0]}` | {total:,} | {' | '.join(counts)} |"
-    assert row in README.splitlines(), f"README.md: expected the row {row}"
+    assert row in PAGE.read_text(encoding="utf-8").splitlines(), f"{PAGE.name}: expected {row}"

@@ -21,7 +21,7 @@ def tables(data: dict[str, Any]) -> str:
 
 
 def summary(data: dict[str, Any]) -> list[str]:
-    """Return the lines of a shorter table, for the README."""
+    """Return the lines of a shorter table, for the guide to benchmarks."""
     title = f"{data['model']} in {data['dtype']}, {data['steps']} steps of {data['length']} tokens"
     columns = [title, "trainable parameters", "peak memory", "seconds a step"]
     columns += ["held-out perplexity", "adapter on disk"]
