@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nf4.files.checkpoint import save_adapter
     from nf4.files.export import export_checkpoint
     from nf4.files.loading import load_adapter
+    from nf4.files.merging import merge_checkpoint
     from nf4.files.stream import quantize_checkpoint
     from nf4.functional import (
         dequantize,
@@ -71,6 +72,7 @@ __all__ = [
     "losses",
     "merge",
     "merge_adamix",
+    "merge_checkpoint",
     "mixed_batch",
     "model_error",
     "quantization_error",
@@ -118,6 +120,7 @@ _LATER = {
     "fuse_projections": "nf4.models.fuse",
     "load_adapter": "nf4.files.loading",
     "merge_adamix": "nf4.models.kinds.adamix",
+    "merge_checkpoint": "nf4.files.merging",
     "model_error": "nf4.error.measured",
     "quantization_error": "nf4.error.measured",
     "quantize_checkpoint": "nf4.files.stream",

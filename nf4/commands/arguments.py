@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 from nf4.codebook import check_block_size, check_scale
-from nf4.files.formats import check_format
-from nf4.tools.paths import check_model_folder, check_new
+from nf4.files.formats import check_dtype, check_format
+from nf4.tools.paths import check_adapter_folder, check_model_folder, check_new
 from nf4.tools.sources import WINDOW, check_packages, check_text, model_path
 
 
@@ -36,6 +36,17 @@ def check_export(options: argparse.Namespace) -> None:
     """Raise unless `nf4 export` can begin."""
     check_format(options.format)
     _check_folders(options)
+
+
+def check_merge(options: argparse.Namespace) -> None:
+    """Raise unless `nf4 merge` can begin."""
+    if options.dtype is not None:
+        check_dtype(options.dtype)
+    check_new(options.target, "target_dir")
+    check_model_folder(options.base, "base")
+    check_adapter_folder(options.adapter, "adapter")
+    if options.original is not None:
+        check_model_folder(options.original, "original")
 
 
 def check_error(options: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from nf4 import __version__
 from nf4.commands import arguments as given
 from nf4.commands.bench import add_bench
 from nf4.commands.compare import add_compare
+from nf4.commands.merge import add_merge
 from nf4.commands.plan import add_plan
 from nf4.tools.install import missing
 
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
     _add_quantize(commands)
     _add_export(commands)
+    add_merge(commands, _file_bar)
     _add_error(commands)
     add_bench(commands)
     add_compare(commands, _free_folder)

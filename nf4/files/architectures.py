@@ -6,7 +6,7 @@ its framework is: nothing here knows one but by the name of the module that brin
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +64,44 @@ class StoredLayer:
     block_size: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the weight of a linear layer lies in a folder's files, were all of them dense.
+
+    Attributes:
+        layer: its name in the model.
+        tensor: name in the files of the weight that it has.
+        becomes: name of its own weight: another one if it shares that of an embedding.
+        shape: of the weight ``[N, K]``.
+        turned: whether it is held ``[K, N]``, as that of a Conv1D.
+        number: of an expert whose weight is a part of the tensor; None of all else.
+    """
+
+    layer: str
+    tensor: str
+    becomes: str
+    shape: tuple[int, ...]
+    turned: bool
+    number: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model and the tensors of a folder belong together.
+
+    Attributes:
+        places: by every name that the model has for a linear layer.
+        biases: tensors in the files by the names of parameters.
+        ties: parameters by those that the model ties to them.
+        wide: tensors that the model keeps in fp32.
+    """
+
+    places: dict[str, Place]
+    biases: dict[str, str]
+    ties: dict[str, str]
+    wide: frozenset[str]
+
+
 class Architectures(Protocol):
     """What a framework knows of the models in folders."""
 
@@ -85,6 +123,11 @@ class Architectures(Protocol):
         self, folder: Path, shards: Shards, said: Mapping[str, Any]
     ) -> tuple[list[StoredLayer], list[str]]:
         """Return the 4-bit weights of a folder, and the names of linear layers that are dense."""
+
+    def layout(
+        self, shards: Shards, stored: Sequence[StoredLayer], names: Iterable[str], dtype: str
+    ) -> Layout:
+        """Return how a folder's model and its tensors belong together."""
 
 
 KNOWN: list[Architectures] = []

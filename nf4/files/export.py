@@ -16,10 +16,11 @@ from torch import Tensor
 from nf4.files.architectures import StoredLayer, architectures
 from nf4.files.formats import check_format
 from nf4.files.rewriting import Rewriting, open_source
+from nf4.files.stored import read_weight
 from nf4.functional import dequantize
 from nf4.layers.bitsandbytes import tensors_of
 from nf4.models.quantize import check_callback
-from nf4.tensor import DTYPES, PARTS, NF4Tensor, check_nf4, is_mark, packed_shape
+from nf4.tensor import DTYPES, PARTS, is_mark
 from nf4.tools.paths import check_new
 from nf4.tools.shards import Shards, read_json
 
@@ -110,33 +111,13 @@ def _exported(
             if not is_mark(tensor):
                 tensors[name] = tensor
     for layer in by_file.get(file, ()):
-        weights = [_weight(shards, name, layer, dtype) for name in layer.names]
+        weights = [read_weight(shards, name, layer, dtype) for name in layer.names]
         if layer.kind == "linear":
             tensors |= tensors_of(weights[0], layer.becomes)
         else:
             dense = [dequantize(q) for q in weights]
             tensors[layer.becomes] = torch.stack(dense) if layer.kind == "experts" else dense[0]
     return tensors
-
-
-def _weight(shards: Shards, name: str, layer: StoredLayer, dtype: torch.dtype) -> NF4Tensor:
-    """Read the parts of one weight, from whichever files they are in."""
-    found: dict[str, Tensor | None] = {}
-    for part in PARTS:
-        key = f"{name}.{part}"
-        found[part] = shards.tensor(key) if key in shards.tensors else None
-    packed, absmax, absmax2, offset = (found[part] for part in PARTS)
-    if packed is None or absmax is None:
-        raise ValueError(f"{shards.folder}: {name}: expected packed and absmax, found one of them")
-    shape = torch.Size(layer.shape)
-    if packed.numel() == packed_shape(shape).numel():
-        packed = packed.view(packed_shape(shape))
-    q = NF4Tensor(packed, absmax, shape, dtype, layer.block_size, absmax2, offset)
-    try:
-        check_nf4(q, name)
-    except TypeError as error:
-        raise ValueError(f"{shards.folder}: {error}") from error
-    return q
 
 
 def _config(said: Mapping[str, Any], dtype: str, dense: list[str]) -> dict[str, Any]:

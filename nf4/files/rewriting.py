@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +33,7 @@ from nf4.tools.paths import (
     write_file,
 )
 from nf4.tools.shards import ADAPTER, INDEX, Shards, read_json
+from nf4.tools.streamed import Streamed
 
 # Beside those of rank 0: .lock-1, .made-1.json and so on; .job tells its processes what it is
 _LOCK, _LIST, _JOB = ".lock", ".made.json", ".job"
@@ -63,6 +64,10 @@ class Rewriting:
             is taken over.
         ranks: the processes that make it; by default this one.
 
+    Attributes:
+        notes: what is to be known of each file that is made, as JSON; what makes a file puts it
+            there, and it is kept with the file for the next run.
+
     Raises:
         BlockingIOError: another process, or job, is making the same folder.
         FileExistsError: another process has made it.
@@ -79,6 +84,7 @@ class Rewriting:
         self._index: dict[str, Any] | None = None
         self._made_as = json.loads(json.dumps(made_as))
         self._files: dict[str, list[str]] = {}
+        self.notes: dict[str, Any] = {}
         self._share: list[str] = []  # of the files, that this process makes
         self._reported = 0
         self._lock: int | None = None
@@ -195,19 +201,20 @@ class Rewriting:
             if held["made_as"] != self._made_as:
                 return {}
             files = {str(name): [str(source), str(own)] for name, (source, own) in held["files"]}
+            self.notes |= dict(held.get("notes", {}))
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return {name: hashes for name, hashes in files.items() if name in self.shards.files}
 
     def write_all(
         self,
-        make: Callable[[str], Mapping[str, Tensor]],
+        make: Callable[[str], Mapping[str, Tensor] | Streamed],
         progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Write what each file of the source becomes, unless it is there.
 
         Args:
-            make: returns the tensors that a file becomes.
+            make: returns the tensors that a file becomes, or what makes them one at a time.
             progress: called in rank 0 with (files done by all processes, files in all).
 
         Returns:
@@ -244,48 +251,64 @@ class Rewriting:
             self._index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         return total
 
-    def _write(self, name: str, make: Callable[[str], Mapping[str, Tensor]]) -> None:
+    def _write(self, name: str, make: Callable[[str], Mapping[str, Tensor] | Streamed]) -> None:
         source, file = _hash(self.source / name), self.folder / name
         if name in self._files and file.is_file() and self._files[name] == [source, _hash(file)]:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         with beside(file) as writing:
-            save_tensors(make(name), writing)
+            made = make(name)
+            if isinstance(made, Streamed):
+                made.save(writing)
+            else:
+                save_tensors(made, writing)
         self._files[name] = [source, _hash(file)]
         self._write_list()
 
     def _write_list(self) -> None:
         rank = self._ranks.rank
         held = {"made_as": self._made_as, "files": list(self._files.items())}
+        if self.notes:
+            held["notes"] = self.notes
         write_file(self.folder / (_list_of(rank) if rank else _LIST), json.dumps(held))
 
-    def _copy_rest(self) -> None:
-        """Copy the files beside the weights, and an adapter; folders are left.
+    def _copy_rest(self, leave: Iterable[str]) -> None:
+        """Copy the files beside the weights, and an adapter, but those to leave; no folders.
 
         A link that leads out of the source is left too, but for those of Hugging Face's cache.
         """
         for file in sorted(self.source.iterdir()):
             weights = file.suffix in _WEIGHTS or file.name.endswith(".index.json")
-            if not file.is_file() or (weights and file.name != ADAPTER):
+            if not file.is_file() or (weights and file.name != ADAPTER) or file.name in leave:
                 continue
             if not _leads_inside(file):
                 warnings.warn(f"{file}: a link out of its folder, not copied", stacklevel=6)
                 continue
             shutil.copyfile(file, self.folder / file.name)
 
-    def finish(self, config: Mapping[str, Any]) -> None:
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        card: Callable[[Path], None] | None = None,
+        leave: Iterable[str] = (),
+    ) -> None:
         """Write all else, wait until it is on the disk, and give the folder its name.
 
         Rank 0 does; the other processes wait for it.
 
         Args:
-            config: of ``config.json``, with a ``quantization_config``.
+            config: of ``config.json``; without a card it has a ``quantization_config``.
+            card: writes the model card of a folder; by default that of weights in four bits.
+            leave: names of files not to copy.
         """
-        self._ranks.from_first("finished", partial(self._finish, config))
+        card = card or partial(add_card, config=config["quantization_config"])
+        self._ranks.from_first("finished", partial(self._finish, config, card, frozenset(leave)))
 
-    def _finish(self, config: Mapping[str, Any]) -> None:
-        self._copy_rest()
-        add_card(self.folder, config["quantization_config"])
+    def _finish(
+        self, config: Mapping[str, Any], card: Callable[[Path], None], leave: Iterable[str]
+    ) -> None:
+        self._copy_rest(leave)
+        card(self.folder)
         texts = {"config.json": config, INDEX: self._index}
         for name, value in texts.items():
             if value is not None:

@@ -47,11 +47,31 @@ def take(state_dict: MutableMapping[str, Any], name: str) -> NF4Tensor:
             bitsandbytes' own codebooks; the message names the tensor.
     """
     q = read(state_dict, name)
-    for key in [
-        k for k in state_dict if k == name or k in _keys(name) or k.startswith(name + _STATE)
-    ]:
+    for key in names_of(state_dict, name):
         del state_dict[key]
     return q
+
+
+def names_of(state_dict: Mapping[str, Any], name: str) -> list[str]:
+    """Return the names of all tensors there are of a 4-bit weight."""
+    known = (name, *_keys(name))
+    return [key for key in known if key in state_dict] + states_of(state_dict, name)
+
+
+def states_of(state_dict: Mapping[str, Any], name: str) -> list[str]:
+    """Return the names of a weight's quant_state: one, if all is well."""
+    return [key for key in state_dict if key.startswith(name + _STATE)]
+
+
+def form_of(state_dict: Mapping[str, Any], name: str) -> tuple[tuple[int, ...], int]:
+    """Return sizes and block size of a weight, of which only the quant_state is looked at.
+
+    Raises:
+        ValueError: there is none of NF4, or it is not as bitsandbytes writes it.
+    """
+    key = _state_key(state_dict, name)
+    state = _state(state_dict[key], key)
+    return tuple(state["shape"]), state["blocksize"]
 
 
 def tensors_of(q: NF4Tensor, name: str = "weight") -> dict[str, Tensor]:
@@ -188,13 +208,8 @@ def _is_packed(key: str) -> bool:
 
 def read(state_dict: Mapping[str, Any], name: str) -> NF4Tensor:
     """Return a weight of a state dict, which is left as it is; arguments and errors as `take`."""
-    kinds = [key for key in state_dict if key.startswith(name + _STATE)]
-    if kinds != [name + _STATE + "nf4"]:
-        found = ", ".join(key.removeprefix(name + _STATE) for key in kinds) or "no quant_state"
-        raise ValueError(
-            f"{name}: expected a weight that bitsandbytes quantized to nf4, got {found}"
-        )
-    state = _state(state_dict[kinds[0]], kinds[0])
+    key = _state_key(state_dict, name)
+    state = _state(state_dict[key], key)
     _check_map(state_dict, name + ".quant_map", nf4_levels(_CPU), "the NF4 codebook")
     packed = _tensor(state_dict, name).contiguous().view(-1).view(torch.uint8)
     expected = (math.prod(state["shape"]) + 1) // 2
@@ -208,7 +223,7 @@ def read(state_dict: Mapping[str, Any], name: str) -> NF4Tensor:
     if "nested_offset" in state or name + ".nested_absmax" in state_dict:
         if state.get("nested_blocksize") != ABSMAX_BLOCK_SIZE:
             raise ValueError(
-                f"{kinds[0]}: expected nested_blocksize {ABSMAX_BLOCK_SIZE}, "
+                f"{key}: expected nested_blocksize {ABSMAX_BLOCK_SIZE}, "
                 f"got {state.get('nested_blocksize')}"
             )
         _check_map(state_dict, name + ".nested_quant_map", absmax_map(_CPU), "the 8-bit map")
@@ -218,7 +233,7 @@ def read(state_dict: Mapping[str, Any], name: str) -> NF4Tensor:
             mean: Any = state.get("nested_offset")
             check_number(mean, "nested_offset")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{kinds[0]}: {error}") from None
+            raise ValueError(f"{key}: {error}") from None
         offset = torch.tensor(mean, dtype=torch.float32)
         offset = offset.to(absmax.device)
     elif absmax.dtype.is_floating_point:
@@ -234,6 +249,17 @@ def read(state_dict: Mapping[str, Any], name: str) -> NF4Tensor:
     except TypeError as error:
         raise ValueError(str(error)) from None
     return q
+
+
+def _state_key(state_dict: Mapping[str, Any], name: str) -> str:
+    """Return the name of a weight's quant_state, or raise ValueError unless it is one of NF4."""
+    kinds = [key for key in state_dict if key.startswith(name + _STATE)]
+    if kinds != [name + _STATE + "nf4"]:
+        found = ", ".join(key.removeprefix(name + _STATE) for key in kinds) or "no quant_state"
+        raise ValueError(
+            f"{name}: expected a weight that bitsandbytes quantized to nf4, got {found}"
+        )
+    return kinds[0]
 
 
 def _state(tensor: Any, key: str) -> dict[str, Any]:

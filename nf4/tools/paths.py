@@ -47,6 +47,15 @@ def check_model_folder(path: str | os.PathLike[str], name: str) -> Path:
     return path
 
 
+def check_adapter_folder(path: str | os.PathLike[str], name: str) -> Path:
+    """Return the path of an adapter's folder, or raise FileNotFoundError if a file is missing."""
+    path = Path(path)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / file).is_file():
+            raise FileNotFoundError(f"{name}: expected a folder with {file}, got {path}")
+    return path
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside path, and rename it to path if the block ends well.

@@ -30,7 +30,7 @@ def run(arguments: list[str], cwd: Path) -> tuple[int, str, str, list[str]]:
     return status, done.stdout, "\n".join(lines).strip(), heavy
 
 
-COMMANDS = ("demo", "quantize", "export", "error", "bench", "compare", "verify")
+COMMANDS = ("demo", "quantize", "export", "merge", "error", "bench", "compare", "verify")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,9 @@ BAD = {
     "quantize_target": (["quantize", "a", "."], "target_dir: expected a folder that does not"),
     "export_format": (["export", "a", "b", "--format", "x"], "format: expected one of bitsandb"),
     "export_source": (["export", "a", "b", "--format", "bitsandbytes"], "source_dir: expected a"),
+    "merge_dtype": (["merge", "a", "b", "c", "--dtype", "x"], "dtype: expected one of bf16, fp16"),
+    "merge_base": (["merge", "a", "b", "c"], "base: expected a folder with config.json, got a"),
+    "merge_target": (["merge", "a", "b", "."], "target_dir: expected a folder that does not"),
     "error_model": (["error", "none"], "model: expected a folder, a file or one of smollm2"),
     "error_nothing": (["error"], "model: expected a model or --codebooks, one of them"),
     "error_codebooks": (["error", "--codebooks", "--csv"], "codebooks: expected --json or neither"),

@@ -1,10 +1,10 @@
 """What transformers knows of the models in folders, for nf4/files/ to ask; imported when asked."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nf4.files.architectures import KNOWN, Found, Plan, StoredLayer
+from nf4.files.architectures import KNOWN, Found, Layout, Plan, StoredLayer
 from nf4.tools.shards import Shards
 
 
@@ -38,6 +38,14 @@ class TransformersArchitectures:
         from nf4.integrations.transformers.stored_layers import stored_layers
 
         return stored_layers(folder, shards, said)
+
+    def layout(
+        self, shards: Shards, stored: Sequence[StoredLayer], names: Iterable[str], dtype: str
+    ) -> Layout:
+        """Return how a folder's model and its tensors belong together."""
+        from nf4.integrations.transformers.layout import layout
+
+        return layout(shards, stored, names, dtype)
 
 
 def install() -> None:
