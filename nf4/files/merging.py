@@ -196,16 +196,19 @@ def _form(plan: MergePlan, name: str) -> tuple[str, int, tuple[int, ...]]:
         shape = plan.stored[name].shape if name in plan.stored else plan.places[key].shape
         if key in plan.places and plan.places[key].turned:
             shape = shape[::-1]
-        return NAMES[plan.dtype], plan.dtype.itemsize, shape
+        dtype = _dtype(plan, name)
+        return NAMES[dtype], dtype.itemsize, shape
     held = plan.shards.tensors[name]
     if held.dtype not in FLOATS:
         return held.dtype, held.nbytes // max(math.prod(held.shape), 1), held.shape
-    dtype = _dense_dtype(plan, name)
+    dtype = _dtype(plan, name)
     return NAMES[dtype], dtype.itemsize, held.shape
 
 
-def _dense_dtype(plan: MergePlan, name: str) -> torch.dtype:
-    return torch.float32 if name in plan.layout.wide else plan.dtype
+def _dtype(plan: MergePlan, name: str) -> torch.dtype:
+    """Return the dtype of a floating tensor in the files of the target."""
+    wide = name in plan.layout.wide and name not in plan.stored
+    return torch.float32 if wide else plan.dtype
 
 
 class _Maker:
@@ -248,13 +251,13 @@ class _Maker:
         tensor = plan.shards.tensor(name) if tensor is None else tensor
         if plan.shards.tensors[name].dtype not in FLOATS:
             return tensor
-        return self._round(name, tensor, _dense_dtype(plan, name))
+        return self._round(name, tensor, _dtype(plan, name))
 
     def _weight(self, key: Key) -> Tensor:
         """Return a weight with its adapter folded in, rounded, and note its error."""
         place = self.plan.places[key]
         base, exact, term = self._fold(key)
-        found = self._round(place.becomes, exact, self.plan.dtype)
+        found = self._round(place.becomes, exact, _dtype(self.plan, place.becomes))
         row: list[Any] = [place.layer, *_sums(found, exact), None, None, None]
         if term is not None:
             row[3] = _sums(exact, base.dense())[0]

@@ -207,6 +207,24 @@ def test_other_architectures(name, tmp_path) -> None:
     assert not tied if name == "Gemma" else True
 
 
+def test_what_transformers_keeps_in_fp32_stays_so(tmp_path) -> None:
+    """T5's wo in fp16, with an adapter too."""
+    model = make("T5").half()  # so that opened in fp16 it is rounded once
+    model.save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    nf4.add_lora(model, r=2, target_modules=r".*(block\.0.*wo|\.q)")
+    nf4.save_adapter(shaken(model), tmp_path / "a")
+    nf4.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "m", "fp16")
+    found = {k: v for f in (tmp_path / "m").glob("*.safetensors") for k, v in load_file(f).items()}
+    expected = type(model).from_pretrained(tmp_path / "base", dtype=torch.float16)
+    nf4.load_adapter(expected, tmp_path / "a")
+    assert_same(type(model).from_pretrained(tmp_path / "m").state_dict(), dense_state(expected))
+    assert {name.split(".")[-2] for name, t in found.items() if t.itemsize > 2} == {"wo"}
+
+
+def dense_state(model) -> dict:
+    return nf4.merge(model).state_dict()
+
+
 def test_dense_experts_and_what_is_tied_stay(tiny_llama, tmp_path) -> None:
     make("Mixtral").save_pretrained(tmp_path / "mixtral")
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
