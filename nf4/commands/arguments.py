@@ -29,6 +29,11 @@ def check_quantize(options: argparse.Namespace) -> None:
     """Raise unless `nf4 quantize` can begin."""
     check_block_size(options.block_size)
     check_scale(options.scale)
+    if options.dry_run:
+        check_model_folder(options.source, "source_dir")
+        return
+    if options.target is None:
+        raise ValueError("target: expected a folder to make, got none; or --dry-run")
     _check_folders(options)
 
 

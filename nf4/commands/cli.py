@@ -127,7 +127,10 @@ def _add_quantize(commands: Any) -> None:
         "is the same for any N, and an interrupted run goes on with another N too.",
     )
     quantize.add_argument("source", help="folder with config.json and safetensors")
-    quantize.add_argument("target", help="folder to make, must not exist")
+    quantize.add_argument("target", nargs="?", help="folder to make, must not exist")
+    quantize.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, and write nothing"
+    )
     _add_options(quantize)
     quantize.add_argument(
         "--skip",
@@ -157,6 +160,9 @@ def _file_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 def _quantize(options: argparse.Namespace) -> None:
     given.check_quantize(options)
+    if options.dry_run:
+        _plan_quantize(options)
+        return
     from nf4.files.stream import quantize_checkpoint
     from nf4.tools.job import launched
 
@@ -177,6 +183,36 @@ def _quantize(options: argparse.Namespace) -> None:
         return
     sizes = f"{made.bytes_before / 1e6:,.1f} MB became {made.bytes_after / 1e6:,.1f} MB"
     sys.stdout.write(f"{made.layers} layers quantized; {sizes} in {options.target}\n")
+
+
+def _plan_quantize(options: argparse.Namespace) -> None:
+    from nf4.files.planned import plan_checkpoint
+
+    planned = plan_checkpoint(
+        options.source,
+        options.skip,
+        options.block_size,
+        not options.no_double_quant,
+        options.scale,
+    )
+    if options.json:
+        sys.stdout.write(json.dumps([asdict(one) for one in planned]) + "\n")
+        return
+    groups: dict[str, list[Any]] = {}
+    for one in planned:
+        label = f"stay dense: {one.stays}" if one.stays else "quantized"
+        groups.setdefault(label, []).append(one)
+    sys.stdout.write(f"{'tensors':>8}  {'MB before':>12}  {'MB after':>12}\n")
+    for label, tensors in [*sorted(groups.items()), ("in all; nothing was written", planned)]:
+        before, after = (sum(getattr(one, n) for one in tensors) for n in _BYTES)
+        sys.stdout.write(
+            f"{len(tensors):8,}  {before / 1e6:12,.3f}  {after / 1e6:12,.3f}  {label}\n"
+        )
+        if label.endswith(("skip_modules", "others")):
+            sys.stdout.writelines(f"{'':40}{one.name} {list(one.shape)}\n" for one in tensors)
+
+
+_BYTES = ("bytes_before", "bytes_after")
 
 
 def _add_export(commands: Any) -> None:

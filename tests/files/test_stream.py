@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,9 @@ from safetensors.torch import load_file, save_file
 import nf4
 import nf4.files.rewriting
 from nf4.commands.cli import main
+from nf4.files.planned import plan_checkpoint
 from nf4.integrations.transformers import NF4Config
+from nf4.tools.shards import Shards
 
 
 @pytest.fixture
@@ -276,3 +279,30 @@ def test_nf4_quantize_is_a_command(source, tmp_path, capsys) -> None:
     assert main(["quantize", str(source), str(q)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("nf4 quantize: target_dir: expected a folder that does not exist")
+
+
+@pytest.mark.parametrize("options", [{}, {"double_quant": False, "block_size": 32}], ids=str)
+def test_what_is_planned_is_what_is_made(options, source, tmp_path) -> None:
+    planned = plan_checkpoint(source, ("+model.layers.0.mlp",), **options)
+    made = nf4.quantize_checkpoint(source, tmp_path / "made", ("+model.layers.0.mlp",), **options)
+    assert sum(one.bytes_before for one in planned) == made.bytes_before
+    assert sum(one.bytes_after for one in planned) == made.bytes_after
+    assert sum(not one.stays for one in planned) == made.layers
+    stays = {one.name: one.stays for one in planned}
+    assert stays["lm_head.weight"] == stays["model.layers.0.mlp.up_proj.weight"] == "skip_modules"
+    assert stays["model.layers.1.mlp.up_proj.weight"] == ""
+    assert stays["model.embed_tokens.weight"] == "no linear layer: embeddings and others"
+    assert stays["model.norm.weight"] == "one dimension: norms, biases"
+
+
+def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(source, tmp_path, capsys) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert main(["quantize", str(source), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"14 .* quantized\n", out) and "in all; nothing was written" in out
+    assert "lm_head.weight [320, 64]" in out and "model.embed_tokens.weight [320, 64]" in out
+    assert main(["quantize", str(source), "--dry-run", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(Shards.read(source).tensors)
+    assert sorted(tmp_path.iterdir()) == before
+    assert main(["quantize", str(source)]) == 2
+    assert "target: expected a folder to make, got none; or --dry-run" in capsys.readouterr().err
