@@ -1,4 +1,4 @@
-"""Scripts of the guide to several GPUs run as they stand, in two processes on a CPU."""
+"""Scripts of the guide to several GPUs run as they stand, in several processes on a CPU."""
 
 import os
 import re
@@ -23,6 +23,7 @@ ADAPTERS = {
     "lit_fsdp.py": "adapter",
     "fsdp.py": "adapter",
     "tensor.py": "",
+    "both.py": "",
 }
 
 
@@ -30,7 +31,8 @@ def launch(script: str, source: Path, target: Path) -> str:
     """Run a script of the guide by torchrun, in a folder of its own; return what is logged."""
     file = target.parent / script
     file.write_text(SCRIPTS[script], encoding="utf-8")
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    processes = 4 if script == "both.py" else 2
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     if script == "loop.py":
         options = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", *options]
@@ -68,7 +70,7 @@ def test_the_guide_has_these_scripts() -> None:
 def test_a_script_of_the_guide_trains(script, source, tmp_path) -> None:
     target = tmp_path / "out"
     logged = launch(script, source, target)
-    if script not in ("fsdp.py", "lit_fsdp.py", "tensor.py"):
+    if script not in ("fsdp.py", "lit_fsdp.py", "tensor.py", "both.py"):
         assert "DDP Initialized with" in logged
     tensors = load_file(target / ADAPTERS[script] / "adapter_model.safetensors")
     trained = [tensor for name, tensor in tensors.items() if "lora_B" in name]
