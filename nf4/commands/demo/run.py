@@ -18,6 +18,7 @@ from nf4.commands.demo import plots
 from nf4.error.measured import LayerError, model_error, perplexity
 from nf4.files.checkpoint import save_adapter
 from nf4.files.loading import load_adapter
+from nf4.layers.module import QuantizedModule
 from nf4.models.kinds.lora import add_lora
 from nf4.models.merge import merge
 from nf4.models.quantize import quantize_model, quantized_layers
@@ -80,8 +81,10 @@ class DemoResult:
 
 
 def model_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters, shared ones once."""
-    return sum(p.nbytes for p in model.parameters())
+    """Return the bytes of a model's parameters and of all its scales, shared ones once."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    scales = (buffer for layer in layers for buffer in layer.buffers(recurse=False))
+    return sum(tensor.nbytes for tensor in {*model.parameters(), *scales})
 
 
 def run_demo(
