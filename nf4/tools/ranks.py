@@ -83,8 +83,8 @@ class Company:
         self._meshes = list(meshes)
 
     def __bool__(self) -> bool:
-        """Return whether there are several."""
-        return any(mesh.size() > 1 for mesh in self._meshes)
+        """Return whether a mesh has the model, be it of one process."""
+        return bool(self._meshes)
 
     @property
     def writes(self) -> bool:
