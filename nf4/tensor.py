@@ -269,6 +269,28 @@ def check_nf4(q: NF4Tensor, name: str = "q") -> None:
         _check_parts(q, name)
 
 
+def part_forms(
+    shape: torch.Size, block_size: int, double_quant: bool
+) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Return dtype and shape of each part that a quantized tensor has, by its name.
+
+    Args:
+        shape: of the tensor.
+        block_size: elements that share one absmax.
+        double_quant: whether the scales are quantized too.
+    """
+    blocks = -(-shape.numel() // block_size)
+    absmax, packed = torch.Size((blocks,)), (torch.uint8, packed_shape(shape))
+    if not double_quant:
+        return {"packed": packed, "absmax": (torch.float32, absmax)}
+    return {
+        "packed": packed,
+        "absmax": (torch.uint8, absmax),
+        "absmax2": (torch.float32, torch.Size((-(-blocks // ABSMAX_BLOCK_SIZE),))),
+        "offset": (torch.float32, torch.Size(())),
+    }
+
+
 @forgettable
 @lru_cache(maxsize=4096)
 def _shapes(shape: torch.Size, block_size: int, layout: str) -> tuple[Any, ...]:
@@ -313,20 +335,10 @@ def _check_parts(q: NF4Tensor, name: str) -> None:
         check_fragments(q.shape, q.block_size, f"{name}.layout")
         if q.layout != "fragments":
             raise ValueError(f"{name}.layout: expected 'rows' or 'fragments', got {q.layout!r}")
-    blocks = -(-q.numel() // q.block_size)
-    parts = [("packed", q.packed, torch.uint8, packed_shape(torch.Size(q.shape)))]
     if (q.absmax2 is None) != (q.offset is None):
         raise ValueError(f"{name}: absmax2 and offset belong together, got only one of them")
-    if q.absmax2 is None or q.offset is None:
-        parts += [("absmax", q.absmax, torch.float32, torch.Size((blocks,)))]
-    else:
-        blocks2 = -(-blocks // ABSMAX_BLOCK_SIZE)
-        parts += [
-            ("absmax", q.absmax, torch.uint8, torch.Size((blocks,))),
-            ("absmax2", q.absmax2, torch.float32, torch.Size((blocks2,))),
-            ("offset", q.offset, torch.float32, torch.Size(())),
-        ]
-    for part, tensor, dtype, shape in parts:
+    forms = part_forms(torch.Size(q.shape), q.block_size, q.double_quant)
+    for tensor, (part, (dtype, shape)) in zip(q.tensors(), forms.items(), strict=True):
         if tensor.dtype != dtype:
             is_cast = tensor.dtype in (torch.float16, torch.bfloat16)
             hint = "; fully_shard casts it: use double_quant=True, or autocast for its param_dtype"

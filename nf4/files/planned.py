@@ -1,15 +1,16 @@
 """What `nf4.quantize_checkpoint` would make of a folder, without a weight being read."""
 
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nf4.codebook import ABSMAX_BLOCK_SIZE
+import torch
+
 from nf4.files.architectures import architectures
 from nf4.files.rewriting import open_source
 from nf4.models.selection import check_skip_modules, is_below
 from nf4.ops.checks import check_block_size, check_scale
+from nf4.tensor import part_forms
 
 # Why a tensor stays dense
 SKIPPED, VECTOR = "skip_modules", "one dimension: norms, biases"
@@ -66,7 +67,8 @@ def plan_checkpoint(
     planned = []
     for name, held in shards.tensors.items():
         if name in plan.layers:
-            after = _quantized_bytes(math.prod(held.shape), block_size, double_quant)
+            forms = part_forms(torch.Size(held.shape), block_size, double_quant).values()
+            after = sum(dtype.itemsize * shape.numel() for dtype, shape in forms)
             planned.append(PlannedTensor(name, held.shape, held.nbytes, after, ""))
             continue
         if len(held.shape) < 2:
@@ -77,12 +79,3 @@ def plan_checkpoint(
             why = OTHER if len(held.shape) == 2 else EXPERTS
         planned.append(PlannedTensor(name, held.shape, held.nbytes, held.nbytes, why))
     return planned
-
-
-def _quantized_bytes(elements: int, block_size: int, double_quant: bool) -> int:
-    """Return the bytes of a weight's packed codes and scales."""
-    blocks = -(-elements // block_size)
-    scales = 4 * blocks
-    if double_quant:
-        scales = blocks + 4 * -(-blocks // ABSMAX_BLOCK_SIZE) + 4
-    return -(-elements // 2) + scales

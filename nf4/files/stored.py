@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nf4.files.architectures import StoredLayer, architectures
 from nf4.layers import bitsandbytes
-from nf4.tensor import PARTS, NF4Tensor, check_nf4, packed_shape
+from nf4.tensor import PARTS, NF4Tensor, check_nf4, packed_shape, part_forms
 from nf4.tools.shards import Shards
 
 
@@ -81,16 +81,16 @@ class StoredWeight:
         """Raise ValueError unless packed bytes and scales are there, in number; reads headers."""
         if self.theirs:
             return  # which `read` does
-        tensors, wanted = self.shards.tensors, packed_shape(torch.Size(self.layer.shape)).numel()
-        blocks = -(-torch.Size(self.layer.shape).numel() // self.layer.block_size)
-        for name in self.layer.names:
-            for part, count in (("packed", wanted), ("absmax", blocks)):
+        tensors, layer = self.shards.tensors, self.layer
+        forms = part_forms(torch.Size(layer.shape), layer.block_size, double_quant=False)
+        for name in layer.names:
+            for part, count in ((part, shape.numel()) for part, (_, shape) in forms.items()):
                 held = tensors.get(f"{name}.{part}")
                 if held is None or torch.Size(held.shape).numel() != count:
                     found = "none" if held is None else f"one of {held.shape}"
                     raise ValueError(
                         f"{self.shards.folder}: {name}.{part}: expected {count} elements for "
-                        f"{self.layer.shape}, found {found}"
+                        f"{layer.shape}, found {found}"
                     )
 
     def read(self, number: int, dtype: torch.dtype) -> NF4Tensor:

@@ -161,7 +161,7 @@ class QuantizedModule(nn.Module):
         if metadata is not None:
             metadata.update(self._describe())
         if self.split is not None:
-            self.split.save(self, destination, prefix, self.awaits)
+            self.split.save(self, destination, prefix)
             return
         if self.layout != "rows":
             q = repacked(self.weight, "rows")
@@ -262,7 +262,7 @@ class QuantizedModule(nn.Module):
     def _expected(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Return dtypes and shapes of the parts in a state dict."""
         if self.split is not None:
-            return self.split.expected()
+            return self.split.forms()
         parts = zip(PARTS, self.weight.parts(), strict=True)
         return {name: (part.dtype, part.shape) for name, part in parts if part is not None}
 

@@ -34,6 +34,7 @@ class _Style:
     """What both styles have in common, before torch's own class."""
 
     _dim: int  # of the weight
+    input_layouts: Any
     _enter: Callable[..., Any]  # called before a layer, and after it
     _leave: Callable[..., Any]
 
@@ -52,6 +53,12 @@ class _Style:
     def _take(self, layer: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         x = args[0] if args else named.pop("input")
         return (self._enter(layer, x), *args[1:]), named
+
+    def _shared(self, layer: Any, x: Tensor) -> DTensor:
+        """Return an input as a DTensor, placed as the style's argument says if it is plain."""
+        if isinstance(x, DTensor):
+            return x
+        return DTensor.from_local(x, layer.split.mesh, self.input_layouts, run_check=False)
 
 
 class ColwiseParallel(_Style, shipped.ColwiseParallel):
@@ -75,10 +82,8 @@ class ColwiseParallel(_Style, shipped.ColwiseParallel):
     def _enter(self, layer: Any, x: Tensor) -> Tensor:
         if not isinstance(x, DTensor) and self.input_layouts == (Replicate(),):
             return _summed_backward(x, layer.split.mesh)
-        if not isinstance(x, DTensor):
-            x = DTensor.from_local(x, layer.split.mesh, self.input_layouts, run_check=False)
-        x = x.redistribute(placements=[Replicate()])
-        local: Tensor = x.to_local(grad_placements=[Partial()])
+        shared = self._shared(layer, x).redistribute(placements=[Replicate()])
+        local: Tensor = shared.to_local(grad_placements=[Partial()])
         return local
 
     def _leave(self, layer: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
@@ -115,9 +120,8 @@ class RowwiseParallel(_Style, shipped.RowwiseParallel):
     def _enter(self, layer: Any, x: Tensor) -> Tensor:
         if not isinstance(x, DTensor) and self.input_layouts == (Shard(-1),):
             return x
-        if not isinstance(x, DTensor):
-            x = DTensor.from_local(x, layer.split.mesh, self.input_layouts, run_check=False)
-        local: Tensor = x.redistribute(placements=[Shard(x.ndim - 1)]).to_local()
+        shared = self._shared(layer, x).redistribute(placements=[Shard(x.ndim - 1)])
+        local: Tensor = shared.to_local()
         return local
 
     def _leave(self, layer: Any, args: tuple[Any, ...], y: Tensor) -> Tensor:
@@ -162,7 +166,7 @@ def split_layer(
         raise ValueError(f"expected a whole layer to split, got {found}; fully_shard comes after")
     adapters = layer.named_adapters().values() if isinstance(layer, AdaptedLayer) else ()
     shape = torch.Size((layer.out_features, layer.in_features))
-    split = Split(mesh, dim, shape, layer.block_size, layer.double_quant, style)
+    split = Split(mesh, dim, shape, layer.block_size, layer.double_quant)
     split.check()
     for adapter in adapters:
         split.check_adapter(adapter)

@@ -19,7 +19,7 @@ from nf4.adapters.term import Adapter, QuantizedBase
 from nf4.codebook import ABSMAX_BLOCK_SIZE, BLOCK_SIZES
 from nf4.functional import to_rows
 from nf4.reference.dequantize_absmax import dequantize_absmax
-from nf4.tensor import PARTS, NF4Tensor, packed_shape
+from nf4.tensor import PARTS, NF4Tensor, packed_shape, part_forms
 from nf4.tools.ranks import distributed, is_sharded, replicated, whole
 
 # Buffers that a split layer has beside: codes of its part's scales, where it has these in fp32, and
@@ -37,7 +37,6 @@ class Split:
         shape: of the whole weight.
         block_size: of the weight.
         double_quant: of the weight.
-        style: what takes inputs and gives outputs, see nf4/layers/parallel.py.
     """
 
     mesh: Any
@@ -45,7 +44,6 @@ class Split:
     shape: torch.Size
     block_size: int
     double_quant: bool
-    style: Any
 
     @property
     def _step(self) -> int:
@@ -104,12 +102,16 @@ class Split:
         return cut.clone(memory_format=torch.contiguous_format)
 
     def part(self, q: NF4Tensor) -> NF4Tensor:
-        """Return this process's part of the whole weight, in rows."""
+        """Return this process's part of the whole weight, in rows, as tensors of its own.
+
+        Args:
+            q: the whole weight, or all scales and the part of ``packed``.
+        """
         k = self.shape[1]
         blocks = k // self.block_size
-        packed, shape = q.packed, packed_shape(self.part_shape)
-        if packed.shape != shape or self.mesh.size() == 1:
-            packed = self._cut(packed, k // 2).view(shape)
+        shape = packed_shape(self.part_shape)
+        is_part = q.packed.shape == shape
+        packed = q.packed.clone() if is_part else self._cut(q.packed, k // 2).view(shape)
         parts: tuple[Tensor | None, ...]
         if q.absmax2 is None or q.offset is None:
             parts = (packed, self._cut(q.absmax, blocks).view(-1), None, None)
@@ -146,20 +148,14 @@ class Split:
             part, self.mesh, placements, run_check=False, shape=shape, stride=stride
         )
 
-    def save(
-        self, layer: Any, destination: dict[str, Any], prefix: str, awaits: bool = False
-    ) -> None:
+    def save(self, layer: Any, destination: dict[str, Any], prefix: str) -> None:
         """Put the whole weight in a state dict, in place of the part.
 
-        Args:
-            layer: of the part.
-            destination: its state dict, as of any module.
-            prefix: of its names.
-            awaits: whether the layer has all scales, and they stay as they are.
+        Scales of a layer that awaits its values are whole already.
         """
         k = self.shape[1]
         blocks = k // self.block_size
-        if awaits:
+        if layer.awaits:
             part = whole(layer.packed.detach()).view(self.part_shape[0], -1)
             destination[prefix + "packed"] = self._shared(part, k // 2)
             return
@@ -213,7 +209,7 @@ class Split:
         layer._choose_layout()
 
     def carry(self, old: Any, new: Any) -> None:
-        """Let a layer around another's part be one of a part too.
+        """Let a layer around another's part be one of a part too; its hooks come with others'.
 
         Raises:
             ValueError: it is around another weight.
@@ -227,7 +223,6 @@ class Split:
         new.split = self
         new._hold(old.held())
         new.bias = old.bias
-        self.style.attach(new)
 
     def scales(self, layer: Any) -> tuple[Tensor | None, Tensor | None]:
         """Return absmax2 and offset of a layer's part; none where its scales are in fp32."""
@@ -267,19 +262,9 @@ class Split:
         placed = distribute_tensor(tensor.detach(), self.mesh, [placement])
         return nn.Parameter(placed, requires_grad=tensor.requires_grad)
 
-    def expected(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """Return dtypes and shapes of the parts of the whole weight."""
-        blocks = self.shape.numel() // self.block_size
-        groups = -(-blocks // ABSMAX_BLOCK_SIZE)
-        codes = torch.uint8 if self.double_quant else torch.float32
-        found = {
-            "packed": (torch.uint8, packed_shape(self.shape)),
-            "absmax": (codes, torch.Size((blocks,))),
-        }
-        if self.double_quant:
-            found["absmax2"] = (torch.float32, torch.Size((groups,)))
-            found["offset"] = (torch.float32, torch.Size(()))
-        return found
+    def forms(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Return dtype and shape of each part of the whole weight."""
+        return part_forms(self.shape, self.block_size, self.double_quant)
 
     def bias(self, bias: Any) -> Tensor | None:
         """Return what a part adds to its product: of columns nothing, for parts are summed."""

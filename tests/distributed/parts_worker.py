@@ -93,6 +93,10 @@ def used(kind: str, rank: int, ranks: int) -> dict[str, Any]:
     given = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     states.set_model_state_dict(parts, dict(whole_state) if rank == 0 else {}, options=given)
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+    loaded = {name: tensor.clone() for name, tensor in parts.state_dict().items()}
+    parts.load_state_dict(loaded)
+    for tensor in loaded.values():  # which are the caller's
+        tensor.zero_()
     y, y_named = parts(x), parts[1](input=parts[0](input=x))
     state = parts.state_dict()
     for name, tensor in state.items():
