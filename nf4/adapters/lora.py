@@ -283,6 +283,11 @@ class LoRA(Adapter):
         """Factor of the adapter's output."""
         return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
 
+    @property
+    def splits(self) -> bool:
+        """Whether it is without DoRA, which wants the length of whole rows."""
+        return not self.use_dora
+
     def term(self) -> LoRATerm:
         """Return what the adapter computes with, dropout only in training."""
         dropout_p = self.lora_dropout if self.training else 0.0

@@ -294,6 +294,11 @@ class Adapter(nn.Module):
             )
         KINDS[cls.peft_type] = cls  # a class that was defined again
 
+    @property
+    def splits(self) -> bool:
+        """Whether parts of the adapter on parts of a weight compute parts of what it does."""
+        return False
+
     @abstractmethod
     def term(self) -> Term:
         """Return what the adapter computes now, in training or not."""

@@ -22,6 +22,7 @@ from nf4.models.adapt import (
     adapter_names,
     call_layers,
     check_name_is_free,
+    check_parts,
     freeze_base,
     layer_base,
     linear_layers,
@@ -202,7 +203,7 @@ class Plan:
         if isinstance(adapter, LoRA) and file.config.get("init_lora_weights") == "pissa":
             from_original = file.metadata.get(FROM_ORIGINAL) == "True"
             change = BaseChange("pissa", adapter.r, from_original, self.name)
-        self._check_place(layer, change, module)
+        self._check_place(layer, adapter, change, module)
         fresh = not isinstance(layer, AdaptedLayer)
         new = Placement(name, adapter, change, change is not None and fresh)
         known = self.placements.setdefault(id(layer), new).adapter.tensors()
@@ -310,11 +311,16 @@ class Plan:
             f"got one of {module!r}, which it does not have"
         )
 
-    def _check_place(self, layer: nn.Module, change: BaseChange | None, module: str) -> None:
+    def _check_place(
+        self, layer: nn.Module, adapter: Adapter, change: BaseChange | None, module: str
+    ) -> None:
         """Raise unless an adapter can be put on a layer with its base as it is."""
         file = self.file.folder / CONFIG_NAME
-        if change is not None and isinstance(layer, LinearNF4):
-            layer.check_whole(f"start an adapter by {change.kind}")
+        if isinstance(layer, LinearNF4):
+            if change is not None:
+                layer.check_whole(f"start an adapter by {change.kind}")
+            elif self.beside or not self._takes(layer, adapter):
+                check_parts(module, layer, adapter.splits)
         if change is not None and not isinstance(layer, LinearNF4):
             raise ValueError(
                 f"{file}: {module}: expected a LinearNF4 for an adapter that started by "

@@ -237,7 +237,7 @@ class Split:
 
     def check_adapter(self, adapter: Adapter) -> None:
         """Raise ValueError unless an adapter's parts compute parts of what it does."""
-        if type(adapter) is not LoRA or adapter.use_dora:
+        if not adapter.splits:
             what = "DoRA" if isinstance(adapter, LoRA) else type(adapter).__name__
             raise ValueError(f"expected LoRA adapters on a layer that is split, got {what}")
 

@@ -1,6 +1,7 @@
 """What each process does in tests of what users do with models of which it has a part."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ def refused(kind: str, rank: int, ranks: int) -> dict[str, Any]:
         "peft": lambda: get_peft_model(split(layers()), LoraConfig(target_modules=["0", "1"])),
     }
     found = {name: said(function) for name, function in mend.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        ia3 = {"target_modules": ["1", "2"], "feedforward_modules": []}
+        other = nf4.add_ia3(nn.Sequential(nn.Identity(), *layers()), **ia3)
+        nf4.save_adapter(other, Path(folder) / "ia3")
+        found["load"] = said(lambda: nf4.load_adapter(model, Path(folder) / "ia3"))
     assert kinds_of(model) == before
     other = layers(nf4.QLoRALinear)
     for parameter in other.parameters():

@@ -15,6 +15,7 @@ def test_what_a_part_cannot_have_is_refused_and_nothing_is_changed(tmp_path) -> 
         assert "a whole layer to merge, got one with" in found["requantize"]
         assert "1: expected a LoRA adapter without DoRA for a layer that is split" in found["ia3"]
         assert "1: expected a LoRA adapter without DoRA for a layer that is split" in found["dora"]
+        assert "1: expected a LoRA adapter without DoRA for a layer that is split" in found["load"]
         assert "a whole layer to start by pissa, got one with" in found["pissa"]
         assert "use nf4.add_lora, which splits adapters to match" in found["peft"]
         assert "0.bias: expected a DTensor for a layer that is split" in found["plain"]
