@@ -19,8 +19,9 @@ HANG = 300  # seconds after which a test gives up
 def start(script: Any, folder: Path, ranks: int, *arguments: str) -> list[subprocess.Popen]:
     """Start a module as the script of each rank; results are to go to a folder."""
     folder.mkdir()
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
-    kept |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
+    from ranks import clean_environment  # of tests: no module of a rank
+
+    kept = clean_environment(WORLD_SIZE=str(ranks))
     command = [sys.executable, script.__file__, str(folder), *arguments]
     return [
         subprocess.Popen(command, env=kept | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)

@@ -1,12 +1,12 @@
 """Scripts of the guide to several GPUs run as they stand, in several processes on a CPU."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ranks import clean_environment
 from safetensors.torch import load_file
 
 import nf4
@@ -37,14 +37,12 @@ def launch(script: str, source: Path, target: Path) -> str:
         options = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", *options]
     command = [sys.executable, "-m", *launcher, str(file), str(source), str(target)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "ACCELERATE_USE_CPU": "true",  # without which it wants a GPU
-        "TORCH_CPP_LOG_LEVEL": "INFO",
-        "TORCH_DISTRIBUTED_DEBUG": "INFO",
-    }
+    environment = clean_environment(
+        HF_HUB_OFFLINE="1",
+        ACCELERATE_USE_CPU="true",  # without which it wants a GPU
+        TORCH_CPP_LOG_LEVEL="INFO",
+        TORCH_DISTRIBUTED_DEBUG="INFO",
+    )
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=environment, cwd=target.parent
     )

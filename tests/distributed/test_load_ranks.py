@@ -1,12 +1,10 @@
 """A folder of 4-bit weights opened by several processes: each reads it once, and holds 4 bits."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import torchrun
 
 import nf4
 from nf4.tools.shards import Shards
@@ -23,16 +21,7 @@ def test_each_process_reads_each_tensor_once_and_holds_four_bits(tiny_llama, tmp
     nf4.quantize_model(tiny_llama()).save_pretrained(tmp_path / "small")
     files = [file.name for file in (tmp_path / "large").glob("*.safetensors")]
     assert len(files) >= 5
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER)]
-    command = [sys.executable, *launcher, tmp_path / "large", tmp_path / "small", tmp_path]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun(2, WORKER, tmp_path / "large", tmp_path / "small", tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     names = {*Shards.read(tmp_path / "large").tensors}
     for rank in range(2):

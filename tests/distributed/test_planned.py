@@ -7,9 +7,6 @@ scratch and the next layer that is gathered ahead of time, a CPU has not.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import plan_worker
 import pytest
 import torch
 from plan_worker import SIZES
+from ranks import torchrun
 
 from nf4.commands.planning.job import Job
 from nf4.commands.planning.plan import Plan, make_plan
@@ -123,12 +121,7 @@ def test_memory_of_one_process_is_what_is_planned(name) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_memory_of_each_process_is_what_is_planned(ranks, tmp_path) -> None:
     cases = [{**USUAL, **other} for other in [*SHARED, *(TENSOR if ranks == 2 else [])]]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    worker = [plan_worker.__file__, json.dumps(cases), str(tmp_path)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
-    environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, *launcher, *worker]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = torchrun(ranks, plan_worker.__file__, json.dumps(cases), tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     of_ranks = [json.loads(Path(tmp_path / f"{r}.json").read_text()) for r in range(ranks)]
     for i, case in enumerate(cases):

@@ -1,7 +1,6 @@
 """Folders quantized by several processes: the bytes of one, resumable, no process left alone."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import quantizing
 import torch
 import worker
+from ranks import clean_environment, torchrun
 from safetensors.torch import load_file, save_file
 
 import nf4
@@ -49,19 +49,6 @@ def bad(folders, tmp_path):
 def contents(folder: Path) -> dict[str, bytes]:
     files = (f for f in folder.rglob("*") if f.is_file())
     return {f.relative_to(folder).as_posix(): f.read_bytes() for f in files}
-
-
-def clean_environment() -> dict[str, str]:
-    left = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
-    return left | {"OMP_NUM_THREADS": "1"}
-
-
-def torchrun(count: int, *arguments: str, restarts: int = 0) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [sys.executable, *launcher, f"--max-restarts={restarts}", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=clean_environment()
-    )
 
 
 def forked(folder: Path, *jobs: dict) -> list[list[dict]]:

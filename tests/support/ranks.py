@@ -6,10 +6,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from helpers import error
 from torch import Tensor
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """Return the environment of a process that a test starts: no coverage, one thread."""
+    left = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
+    return {**left, "OMP_NUM_THREADS": "1", **more}
+
+
+def torchrun(count: int, *arguments: Any, restarts: int = 0) -> subprocess.CompletedProcess:
+    """Run a script, or ``-m`` and a module, in several processes, and return how that ended."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [sys.executable, *launcher, f"--max-restarts={restarts}", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=clean_environment()
+    )
 
 
 def run(worker: ModuleType, task: str, kind: str, folder: Path, ranks: int = 2) -> list[dict]:
@@ -30,11 +46,7 @@ def run_all(
 ) -> dict[str, list[dict]]:
     """Return what each rank has found, of each kind: to start processes takes longer than most."""
     folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *launcher, str(worker.__file__), task, ",".join(kinds), str(folder)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("COV", "PYTEST"))}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = torchrun(ranks, worker.__file__, task, ",".join(kinds), folder)
     assert done.returncode == 0, done.stderr[-4000:]
     of_ranks = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
     return {kind: [found[i] for found in of_ranks] for i, kind in enumerate(kinds)}
