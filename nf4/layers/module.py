@@ -166,9 +166,8 @@ class QuantizedModule(nn.Module):
         if self.layout != "rows":
             q = repacked(self.weight, "rows")
             destination[prefix + "packed"], destination[prefix + "absmax"] = q.packed, q.absmax
-        if (
-            is_sharded(self.packed) and not self.awaits
-        ):  # then everything is a DTensor, as who loads it expects
+        # Then everything is a DTensor, as accelerate expects; transformers loads scales as they are
+        if is_sharded(self.packed) and not self.awaits:
             for name in BUFFERS:
                 scales = destination.get(prefix + name)
                 if scales is not None:

@@ -44,9 +44,10 @@ def _saving(shipped: Callable[..., Any]) -> Callable[..., Any]:
         given = bound.arguments
         adapted = bool(adapted_layers(self))
         state, writes = given["state_dict"], given["is_main_process"]
-        if state is None and company_of(self):
+        quantized = isinstance(getattr(self, "hf_quantizer", None), NF4Quantizer)
+        if state is None and quantized and company_of(self):
             state = gathered(self.state_dict(), keep=writes)
-        files = _files_of(self, state) if adapted and writes else {}
+        files = _files_of(self, state) if adapted and (writes or state is None) else {}
         if adapted and given["push_to_hub"]:
             raise ValueError(
                 "push_to_hub: expected False for a model with nf4's adapters, got True; save the "
@@ -56,10 +57,10 @@ def _saving(shipped: Callable[..., Any]) -> Callable[..., Any]:
             result = shipped(self, *args, **kwargs)
         if writes:
             _write(files, Path(given["save_directory"]))
-            quantizer = getattr(self, "hf_quantizer", None)
             alone = getattr(self, "_hf_peft_config_loaded", False)  # PEFT's adapter, and no base
-            if isinstance(quantizer, NF4Quantizer) and not alone and not given["push_to_hub"]:
-                add_card(Path(given["save_directory"]), quantizer.quantization_config.to_dict())
+            if quantized and not alone and not given["push_to_hub"]:
+                form = self.hf_quantizer.quantization_config.to_dict()
+                add_card(Path(given["save_directory"]), form)
         return result
 
     return save_pretrained
